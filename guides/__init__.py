@@ -1,0 +1,1 @@
+"""Inference programs, one per file."""

@@ -1,0 +1,30 @@
+"""Conditionals: modules whose ``forward(*parents)`` returns a Pyro distribution.
+
+Each of them factorizes over its event, so that any entry may be missing, and each has
+``build(network, event_shape, data=None)``, which makes the network as well:
+
+* ``network(shape)`` makes a network that returns ``[..., *shape]``;
+* ``data`` are training values ``[N, *event]`` of the site, floating, NaN where missing, from which the
+  conditional starts; None where there are none, as for a latent.
+"""
+
+from pyro_vae.conditionals.discrete import Bernoulli, Binomial, Categorical, ContinuousBernoulli
+from pyro_vae.conditionals.gaussian import (
+    DiagonalGaussian,
+    Gaussian,
+    OptimalSigma,
+    StandardNormal,
+)
+from pyro_vae.conditionals.network import Network
+
+__all__ = [
+    "Bernoulli",
+    "Binomial",
+    "Categorical",
+    "ContinuousBernoulli",
+    "DiagonalGaussian",
+    "Gaussian",
+    "Network",
+    "OptimalSigma",
+    "StandardNormal",
+]

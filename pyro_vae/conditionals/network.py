@@ -1,0 +1,44 @@
+"""What all conditionals do with the network inside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+from pyro_vae.nn.leading import Reshape
+
+__all__ = ["Network", "independent", "outputs", "several"]
+
+Network = Callable[[Sequence[int]], nn.Module]
+"""Makes a network for the shape it is to return: ``network(shape)(parent)`` is ``[..., *shape]``."""
+
+
+def outputs(owner: nn.Module, net: nn.Module, parents: Sequence[Tensor], *shape: int) -> Tensor:
+    """Run ``net`` on the parents; its result must be ``[..., *shape]``.
+
+    A ``[..., 1]`` against an event ``[6]`` would broadcast silently.
+    """
+    out: Tensor = net(*parents)
+    if out.shape[max(out.dim() - len(shape), 0) :] != shape:
+        raise ValueError(
+            f"{type(owner).__name__}: the network returned {list(out.shape)}, "
+            f"wanted [..., {', '.join(map(str, shape))}]"
+        )
+    return out
+
+
+def several(network: Network, parts: int, event_shape: Sequence[int]) -> nn.Module:
+    """A network that returns ``[..., parts, *event]``; for an image the parts are channels."""
+    if len(event_shape) > 1:
+        return network((parts, *event_shape))
+    flat = (parts * math.prod(event_shape),)
+    return nn.Sequential(network(flat), Reshape(flat, (parts, *event_shape)))
+
+
+def independent(fn: TorchDistribution, event_dim: int) -> TorchDistribution:
+    """Declare the last ``event_dim`` dimensions of ``fn`` an event that factorizes."""
+    event: TorchDistribution = fn.to_event(event_dim)
+    return event

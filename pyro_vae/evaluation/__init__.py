@@ -1,0 +1,1 @@
+"""Numbers that say how good a fitted pair is, with standard errors."""

@@ -1,0 +1,22 @@
+"""Networks in plain torch that take any leading dimensions."""
+
+from pyro_vae.nn.affine import Affine, OneHot
+from pyro_vae.nn.conv import convolutional
+from pyro_vae.nn.leading import Reshape, leading
+from pyro_vae.nn.mlp import dense, mlp
+from pyro_vae.nn.resnet import Residual, conv_block, conv_resnet, dense_block, dense_resnet
+
+__all__ = [
+    "Affine",
+    "OneHot",
+    "Reshape",
+    "Residual",
+    "conv_block",
+    "conv_resnet",
+    "convolutional",
+    "dense",
+    "dense_block",
+    "dense_resnet",
+    "leading",
+    "mlp",
+]

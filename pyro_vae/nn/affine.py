@@ -1,0 +1,51 @@
+"""Fixed maps between the units of the data and those of a network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Affine", "OneHot"]
+
+
+class Affine(nn.Module):
+    """``shift + scale * x``, entry by entry, with fixed ``shift`` and ``scale``.
+
+    Takes data of any dtype (``uint8`` and ``float64`` included) to the dtype of a network's weights.
+
+    Args:
+        shift: number, or tensor that broadcasts to ``[*event]``.
+        scale: likewise.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, shift: Tensor | float = 0.0, scale: Tensor | float = 1.0) -> None:
+        super().__init__()
+        dtype = torch.get_default_dtype()
+        self.register_buffer("shift", torch.as_tensor(shift, dtype=dtype).clone())
+        self.register_buffer("scale", torch.as_tensor(scale, dtype=dtype).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., *event] -> [..., *event]``."""
+        return self.shift + self.scale * x.to(self.scale.dtype)
+
+
+class OneHot(nn.Module):
+    """Classes as indicators, ``[..., *event] -> [..., C, *event]``: channels first, as networks want.
+
+    A comparison, since ``torch.nn.functional.one_hot`` checks the range of its input on the host.
+    """
+
+    classes: Tensor
+
+    def __init__(self, classes: int, event_dim: int) -> None:
+        super().__init__()
+        indices = torch.arange(classes, dtype=torch.get_default_dtype())
+        self.register_buffer("classes", indices.reshape(-1, *[1] * event_dim), persistent=False)
+        self.event_dim = event_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        hits: Tensor = x.unsqueeze(x.dim() - self.event_dim) == self.classes
+        return hits.to(self.classes.dtype)

@@ -1,0 +1,406 @@
+"""The objective: bound x estimator x rate x penalties, on any Pyro model and guide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import ELBO
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pyro_vae.batch import Batch
+from pyro_vae.objectives import estimators
+from pyro_vae.objectives.bounds import Bound, Elbo
+from pyro_vae.objectives.estimators import Estimator
+from pyro_vae.objectives.particles import (
+    Boundary,
+    Particles,
+    Plan,
+    SitesChanged,
+    make_plan,
+    run,
+)
+from pyro_vae.objectives.rates import MonteCarlo, Rate
+from pyro_vae.objectives.swap import owner, preserved
+
+__all__ = ["Objective", "ObjectiveModule", "refusal"]
+
+Program = Callable[..., Any]
+Penalty = Callable[[Particles], Tensor]
+_MAX_PLANS = 64
+
+
+def refusal(bound: Bound, estimator: Estimator, rate: Rate) -> str | None:
+    """Why a combination is refused, naming both parts; None if its gradient is unbiased."""
+    if rate.analytic and not bound.linear:
+        return f"rate {rate!r} inside bound {bound!r} is no bound; use MonteCarlo()"
+    if why := estimator.refusal(bound):
+        return f"estimator {estimator!r} with bound {bound!r}: {why}"
+    return None
+
+
+@dataclass
+class _Chunk:
+    """What one pass leaves of ``size`` particles; the rest can be forgotten until backward."""
+
+    size: int
+    log_w: Tensor | None  # [k, B]
+    outside: Tensor | None  # [k], log weights of the sites outside the rows
+    score: Tensor | None  # [k, B], log densities of the draws that have no path
+    outside_score: Tensor | None  # [k]
+    rest: Tensor | None  # [k, B], sum of (beta_site - beta) log q_site at detached draws
+    beta: float | Tensor  # that all sites share
+    penalty: Tensor  # [] or [B]
+    plate_scale: float
+    scale: float | Tensor
+    boundary: Boundary | None
+
+
+class Objective(ELBO):  # type: ignore[misc]
+    """A loss for a Pyro model and guide, made of orthogonal parts.
+
+    ``objective(model, guide)`` is an ``nn.Module`` whose call returns the loss; the objective itself
+    goes into ``pyro.infer.SVI``. The loss is minus the bound, summed over rows, times N / B of the
+    row plate (nats). Its value is the bound's; its gradient is the estimator's.
+
+    Args:
+        bound: log weights ``[K, B]`` -> ``[B]``.
+        estimator: how its gradient is taken, an ``Estimator`` or its name.
+        rate: what weighs log q - log p(z).
+        penalties: callables of the ``Particles`` that return nats per row, ``[]`` or ``[B]``; those
+            that are modules own parameters, which are trained with the rest.
+        num_particles: K.
+        chunk: particles processed at a time. Value and gradient stay what they are, training memory
+            does not grow with K. ``chunk=1`` runs particle by particle without a particle dim.
+
+    Raises:
+        ValueError: a refused combination, naming both parts; at the first call, a pair that the
+            parts can't train, naming the site.
+    """
+
+    def __init__(
+        self,
+        bound: Bound | None = None,
+        estimator: str | Estimator = "pathwise",
+        rate: Rate | None = None,
+        penalties: Iterable[Penalty] = (),
+        num_particles: int = 1,
+        chunk: int | None = None,
+    ) -> None:
+        for name, number in (("num_particles", num_particles), ("chunk", chunk or 1)):
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"Objective: came {name}={number!r}, wanted a whole number >= 1")
+        super().__init__(num_particles=num_particles, vectorize_particles=True)
+        self.bound = bound or Elbo()
+        self.estimator = estimators.get(estimator)
+        self.rate = rate or MonteCarlo()
+        self.penalties = tuple(penalties)
+        self.chunk = chunk
+        self.modules = nn.ModuleList(p for p in self.penalties if isinstance(p, nn.Module))
+        if why := refusal(self.bound, self.estimator, self.rate):
+            raise ValueError(f"Objective: {why}")
+        self._plans: dict[Any, Plan] = {}
+        self._svi_step = torch.zeros((), dtype=torch.long)
+
+    def __call__(self, model: Program, guide: Program) -> ObjectiveModule:
+        """The loss of a pair as a module that holds the parameters of model, guide and objective."""
+        return ObjectiveModule(model, guide, self)
+
+    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kw: Any) -> Tensor:
+        """The loss as a scalar tensor, at the step that ``SVI`` has reached."""
+        return self.loss_and_rows(model, guide, args, kw, self._svi_step)[0]
+
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """The loss as a number, without gradient."""
+        with torch.no_grad():
+            return float(self.differentiable_loss(model, guide, *args, **kwargs))
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss, its gradient added to the parameters; advances the schedules by one step."""
+        if len(self.modules):
+            pyro.module("objective", self.modules)
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        self._svi_step = self._svi_step + 1
+        return loss.detach()
+
+    def rows(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """The bound of each row ``[B]`` in nats, without gradient, N / B or row weights.
+
+        Raises:
+            ValueError: no plate over rows.
+        """
+        with torch.no_grad():
+            chunks = self._chunks(model, guide, args, kwargs, self._svi_step)
+            log_w = _join(chunk.log_w for chunk in chunks)
+        if log_w is None:
+            raise ValueError(
+                "rows: came a model without a plate over rows around its observed sites"
+            )
+        return self.bound(log_w)
+
+    def plan(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Plan:
+        """What a first run shows of a pair (cached): its notes say where a KL is Monte Carlo."""
+        key = self._key(model, guide, args, kwargs)
+        if key not in self._plans:
+            plan = make_plan(model, guide, args, kwargs)
+            self._admit(plan)
+            while len(self._plans) >= _MAX_PLANS:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[key] = plan
+        return self._plans[key]
+
+    def _key(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        """What a plan depends on. Plans keep their programs alive, so that ids stay theirs."""
+        batch = args[0] if args and isinstance(args[0], Batch) else None
+        programs = []
+        for program in (model, guide):
+            module = owner(program)
+            training = None if module is None else module.training
+            programs.append((id(module), id(getattr(program, "__func__", program)), training))
+        return (
+            *programs,
+            (batch.sites, batch.incomplete) if batch is not None else None,
+            tuple(map(type, args)),
+            tuple((name, type(value)) for name, value in kwargs.items()),
+        )
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError("an Objective fills Particles, not a pair of traces")
+
+    def _admit(self, plan: Plan) -> None:
+        """Refuse a pair that the parts can't train without bias."""
+        if not self.bound.linear:
+            if plan.outside:
+                raise ValueError(
+                    f"bound {self.bound!r}: sites {sorted(plan.outside)} lie outside the plate over "
+                    "rows that the observed sites share, and the log of a mean over particles does "
+                    "not split over rows; put them into that plate, or use the elbo"
+                )
+            if plan.subsampled:
+                raise ValueError(
+                    f"bound {self.bound!r}: plates {list(plan.subsampled)} inside a row are "
+                    "subsampled, which is no bound; use the elbo, or the whole plate"
+                )
+        for site in plan.unreparameterized:
+            if not self.estimator.scores(site, False):
+                raise ValueError(
+                    f"estimator {self.estimator!r}: site {site!r} of the guide has no rsample and "
+                    "would not be trained; use estimator='score'"
+                )
+        for site in plan.drawn_parents:
+            if not self.estimator.scores(site, False):
+                raise ValueError(
+                    f"estimator {self.estimator!r}: missing entries of site {site!r} are drawn "
+                    "without rsample and other sites depend on them, so its parameters would get no "
+                    "gradient; use estimator='score', or put the site into the guide"
+                )
+        if self.estimator.boundary:
+            for site, why in plan.score_blockers.items():
+                raise ValueError(
+                    f"estimator {self.estimator!r}: site {site!r}: {why}; use estimator='pathwise'"
+                )
+
+    def loss_and_rows(
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        step: Tensor,
+    ) -> tuple[Tensor, float]:
+        """The loss, and the number of rows it stands for (B times N / B of the row plate)."""
+        chunks = self._chunks(model, guide, args, kwargs, step)
+        log_w, outside = _join(c.log_w for c in chunks), _join(c.outside for c in chunks)
+        first = chunks[0]
+        batch = args[0] if args and isinstance(args[0], Batch) else None
+        weight = first.scale
+        if batch is not None and batch.weights is not None:
+            weight = weight * batch.weights
+        value, surrogate = step.new_zeros((), dtype=torch.get_default_dtype()), 0.0
+        rows = first.plate_scale
+        if log_w is not None:
+            known, rows = log_w.detach(), log_w.shape[1] * rows
+            linear = self.bound.weights(known) * (
+                log_w if first.rest is None else log_w - _join(c.rest for c in chunks)
+            )
+            if (score := _join(c.score for c in chunks)) is not None:
+                linear = linear + self.bound.reward(known) * score
+            value = value - (weight * self.bound(known)).sum()
+            surrogate = surrogate - (weight * linear).sum()
+            if first.boundary is not None:
+                factor = self.estimator.factor(self.bound, known, first.beta)
+                if factor is not None:
+                    for c, part in zip(chunks, factor.split([c.size for c in chunks]), strict=True):
+                        c.boundary.factor = part  # type: ignore[union-attr]
+        if outside is not None:
+            value = value - outside.detach().mean()
+            surrogate = surrogate - outside.mean()
+            if (score := _join(c.outside_score for c in chunks)) is not None:
+                reward = outside.detach()
+                if log_w is not None:
+                    reward = reward + (weight * log_w.detach()).sum(1)
+                surrogate = surrogate - (reward * score).mean()
+        if self.penalties:
+            nats = sum(c.penalty * (c.size / self.num_particles) for c in chunks)
+            penalty = (
+                (weight * nats).sum()
+                if log_w is None
+                else (weight * nats).expand(log_w.shape[1]).sum()
+            )
+            value, surrogate = value + penalty.detach(), surrogate + penalty
+        return value + (surrogate - surrogate.detach()), rows  # type: ignore[attr-defined]
+
+    def _chunks(
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        step: Tensor,
+    ) -> list[_Chunk]:
+        try:
+            return self._passes(self.plan(model, guide, args, kwargs), args, kwargs, step)
+        except SitesChanged:  # the arguments may ask for other sites than before: look once more
+            self._plans.pop(self._key(model, guide, args, kwargs))
+            return self._passes(self.plan(model, guide, args, kwargs), args, kwargs, step)
+
+    def _passes(
+        self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], step: Tensor
+    ) -> list[_Chunk]:
+        chunk = min(self.chunk or self.num_particles, self.num_particles)
+        whole, left = divmod(self.num_particles, chunk)
+        sizes = [chunk] * whole + ([left] if left else [])
+        differentiable = torch.is_grad_enabled()
+        chunks = []
+        for size in sizes:
+            boundary = Boundary() if self.estimator.boundary and differentiable else None
+            inputs = (plan, args, kwargs, step, size, boundary)
+            if len(sizes) == 1 or not differentiable:
+                chunks.append(self._chunk(*inputs))
+            else:  # recomputed in backward: only log weights stay in memory
+                chunks.append(
+                    checkpoint(
+                        self._chunk,
+                        *inputs,
+                        use_reentrant=False,
+                        context_fn=lambda: (nullcontext(), preserved(*plan.programs)),
+                    )
+                )
+        return chunks
+
+    def _chunk(
+        self,
+        plan: Plan,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        step: Tensor,
+        size: int,
+        boundary: Boundary | None,
+    ) -> _Chunk:
+        model, guide = plan.programs
+        scores = self.estimator.scores if self._has_scores(plan) else None
+        particles = run(model, guide, args, kwargs, plan, size, boundary=boundary, scores=scores)
+        rate = {site: -term for site, term in self.rate(particles, step).items()}
+        log_w, outside = (
+            _add(particles.total(particles.likelihood, out), particles.total(rate, out))
+            for out in (False, True)
+        )
+        beta: float | Tensor = 1.0
+        rest = None
+        if boundary is not None and not self.bound.linear:
+            beta, rest = self._split_betas(particles, step)
+        return _Chunk(
+            size=size,
+            log_w=log_w,
+            outside=outside,
+            score=particles.total(particles.score),
+            outside_score=particles.total(particles.score, outside=True),
+            rest=rest,
+            beta=beta,
+            penalty=sum((penalty(particles) for penalty in self.penalties), start=torch.zeros(())),
+            plate_scale=particles.plate_scale,
+            scale=particles.scale,
+            boundary=boundary,
+        )
+
+    def _has_scores(self, plan: Plan) -> bool:
+        """Whether any site may be trained by its score: the rest of the pass is spared it."""
+        return self.estimator.scores("", True) or bool(plan.unreparameterized or plan.drawn_parents)
+
+    def _split_betas(
+        self, particles: Particles, step: Tensor
+    ) -> tuple[float | Tensor, Tensor | None]:
+        """The beta that all sites share, which enters DReG's factor, and the score terms
+        (beta_l - beta) log q_l of the sites that have more of it."""
+        betas = self.rate.betas(particles, step)
+        numbers = [torch.as_tensor(beta) for beta in betas.values()]
+        if len(betas) == 1 or all(beta is numbers[0] for beta in numbers):
+            return next(iter(betas.values())), None
+        if all(isinstance(beta, float | int) for beta in betas.values()):
+            common: float | Tensor = min(float(beta) for beta in betas.values())
+            if common == max(float(beta) for beta in betas.values()):
+                return common, None
+        else:
+            common = torch.stack(
+                [n.to(step.device, torch.get_default_dtype()) for n in numbers]
+            ).amin()
+        extra = {site: (beta - common) * particles.log_q(site) for site, beta in betas.items()}
+        return common, particles.total(extra)
+
+    def __repr__(self) -> str:
+        parts = [f"bound={self.bound!r}", f"estimator={self.estimator!r}", f"rate={self.rate!r}"]
+        if self.penalties:
+            parts.append(f"penalties={self.penalties!r}")
+        if self.chunk:
+            parts.append(f"chunk={self.chunk}")
+        return f"Objective({', '.join(parts)}, num_particles={self.num_particles})"
+
+
+class ObjectiveModule(nn.Module):
+    """The loss of one pair under one objective: ``module(batch)`` is a scalar to differentiate.
+
+    Its parameters are those of model, guide and objective. Its ``step`` is what schedules read; it
+    advances by one with every call in training mode with gradients on.
+    """
+
+    step: Tensor
+
+    def __init__(self, model: Program, guide: Program, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.guide, self.objective = model, guide, objective
+        for name, program in (("_model_owner", model), ("_guide_owner", guide)):
+            if not isinstance(program, nn.Module) and (module := owner(program)) is not None:
+                setattr(self, name, module)
+        self.penalties = objective.modules
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.loss_and_rows(*args, **kwargs)[0]
+
+    def loss_and_rows(self, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
+        """The loss and the number of rows it stands for."""
+        out = self.objective.loss_and_rows(self.model, self.guide, args, kwargs, self.step.clone())
+        if self.training and torch.is_grad_enabled():
+            self.step += 1
+        return out
+
+
+def _join(parts: Iterable[Tensor | None]) -> Tensor | None:
+    """The chunks' terms ``[k, ...]`` along the particles."""
+    tensors = [part for part in parts if part is not None]
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0] if tensors else None
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b

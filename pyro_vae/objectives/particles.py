@@ -1,0 +1,716 @@
+"""One pass over a model and a guide: the table of log densities that everything is computed from."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+from torch.distributions import kl_divergence
+
+from pyro_vae.batch import Batch, Condition, Observed
+from pyro_vae.objectives.swap import owner, preserved, swapped
+
+__all__ = ["Boundary", "Particles", "Plan", "SitesChanged", "make_plan", "run"]
+
+Program = Callable[..., Any]
+Site = dict[str, Any]
+PLATE = "_particles"
+
+
+class SitesChanged(ValueError):
+    """The sites of a run are not those of the plan."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one run of a pair shows and every later run relies on; made once per kind of batch.
+
+    Attributes:
+        nesting: number of plate dims; the particle plate stands at dim ``-1 - nesting``.
+        rows: dims of the plates over rows, which all local sites share.
+        outside: sites outside those plates (global latents), which get their own ``[K]`` column.
+        common_scale: all local sites carry one user scale, which is then taken outside the bound.
+        analytic: latent sites whose KL is known in closed form, given the order of the sites.
+        notes: why a site is not among them.
+        unreparameterized: guide sites without ``rsample``.
+        drawn_parents: sites drawn from the model without ``rsample`` that other sites depend on.
+        subsampled: plates inside a row that are subsampled.
+        sites: names of the guide's and of the model's sites, and whether each is observed.
+        score_blockers: why log q of a site can't be taken at boundary copies.
+    """
+
+    programs: tuple[Program, Program]
+    nesting: int
+    rows: tuple[int, ...]
+    outside: frozenset[str]
+    common_scale: bool
+    analytic: frozenset[str]
+    notes: tuple[str, ...]
+    unreparameterized: tuple[str, ...]
+    drawn_parents: tuple[str, ...]
+    subsampled: tuple[str, ...]
+    sites: tuple[Any, ...]
+    score_blockers: Mapping[str, str] = field(default_factory=dict)
+
+    def canonical(self, tensor: Tensor, event_dim: int, particles: int, local: bool) -> Tensor:
+        """``[(K), *plates, *event]`` -> ``[K, B, *rest]``, or ``[K, *rest]`` outside the rows."""
+        plates = self.nesting + (particles > 1)
+        missing = plates - (tensor.dim() - event_dim)
+        tensor = tensor[(None,) * missing] if missing > 0 else tensor
+        if particles == 1:
+            tensor = tensor[None]
+        if not local:
+            return tensor
+        rows = [self.nesting + 1 + dim for dim in self.rows]
+        if rows != [1]:
+            tensor = tensor.movedim(rows, list(range(1, 1 + len(rows))))
+            tensor = tensor.flatten(1, len(rows))
+        others = range(2, 2 + self.nesting - len(rows))
+        return tensor.squeeze([dim for dim in others if tensor.shape[dim] == 1])
+
+    def spread(self, factor: Tensor, shape: torch.Size, event_dim: int) -> Tensor:
+        """``[K, B]`` -> broadcastable to a sample ``[(K), *plates, *event]`` of ``shape``."""
+        plates = len(shape) - event_dim
+        new = [1] * plates
+        if len(factor) > 1:
+            new[0] = len(factor)
+        for dim in self.rows:
+            new[plates + dim] = shape[plates + dim]
+        return factor.reshape(new + [1] * event_dim)
+
+
+class Boundary:
+    """Boundary copies of samples, on which DReG's ``factor`` meets the arriving gradient once.
+
+    The factor is a function of all particles' log weights, so it is set after the pass and read by
+    the hooks during backward.
+    """
+
+    def __init__(self) -> None:
+        self.factor: Tensor | None = None
+
+    def copy(self, value: Tensor, event_dim: int, plan: Plan, local: bool) -> Tensor:
+        copy = value.view_as(value)
+        if local and copy.requires_grad:
+
+            def weigh(grad: Tensor) -> Tensor:
+                if self.factor is None:
+                    return grad
+                return grad * plan.spread(self.factor, grad.shape, event_dim)
+
+            copy.register_hook(weigh)
+        return copy
+
+
+@dataclass
+class Particles:
+    """Log densities of one pass, ``[K, B, *rest]`` where they factorize (``[K, *rest]`` outside the
+    rows), with masks and the user's own scales but without the row plate's N / B.
+
+    Attributes:
+        samples: the guide's draws ``[K, B, *event]``, attached to its parameters.
+        likelihood: log p of what is observed.
+        prior: log p of what the guide drew.
+        posterior: log q of what the guide drew.
+        score: log density of the draws that are trained through their score, values detached.
+        plate_scale: N / B of the row plate.
+        scale: that times the user's scale, if all local sites share one.
+    """
+
+    plan: Plan
+    num_particles: int
+    samples: dict[str, Tensor]
+    likelihood: dict[str, Tensor]
+    prior: dict[str, Tensor]
+    posterior: dict[str, Tensor]
+    score: dict[str, Tensor]
+    plate_scale: float
+    scale: float | Tensor
+    guide: dict[str, Site]
+    model: dict[str, Site]
+
+    def local(self, site: str) -> bool:
+        return site not in self.plan.outside
+
+    def total(self, terms: Mapping[str, Tensor], outside: bool = False) -> Tensor | None:
+        """Sum of terms to ``[K, B]`` over the local sites, or to ``[K]`` over the ones outside."""
+        keep = 1 if outside else 2
+        parts = [
+            term.flatten(keep).sum(keep) if term.dim() > keep else term
+            for site, term in terms.items()
+            if self.local(site) is not outside
+        ]
+        return sum(parts[1:], start=parts[0]) if parts else None
+
+    def log_q(self, site: str) -> Tensor:
+        """log q of the detached draw under live parameters (a score)."""
+        value = self.guide[site]["value"].detach()
+        return self._density(self.guide[site], value)
+
+    def kl(self, site: str) -> Tensor:
+        """Analytic KL(q || p) of a latent site, elementwise where it factorizes."""
+        q = self.guide[site]
+        kl, event_dim = _elementwise_kl(q["fn"], self.model[site]["fn"])
+        return self._weigh(q, kl, event_dim)
+
+    def _density(self, site: Site, value: Tensor | None = None, fn: Any = None) -> Tensor:
+        fn, value = fn or site["fn"], site["value"] if value is None else value
+        log_prob, event_dim = elementwise(fn, value)
+        return self._weigh(site, log_prob, event_dim)
+
+    def _weigh(self, site: Site, term: Tensor, event_dim: int) -> Tensor:
+        scale, mask = self._inner_scale(site), site["mask"]
+        if isinstance(scale, Tensor) and scale.dim():
+            scale = scale[(...,) + (None,) * event_dim]
+        if isinstance(mask, Tensor) and mask.dim():
+            mask = mask[(...,) + (None,) * event_dim]
+        term = scale_and_mask(term, scale, mask)
+        return self.plan.canonical(term, event_dim, self.num_particles, self.local(site["name"]))
+
+    def _inner_scale(self, site: Site) -> float | Tensor:
+        if not self.local(site["name"]):
+            return site["scale"]  # type: ignore[no-any-return]
+        if self.plan.common_scale:
+            return 1.0
+        return site["scale"] / self.scale  # type: ignore[no-any-return]
+
+
+def elementwise(fn: Any, value: Tensor) -> tuple[Tensor, int]:
+    """Log density before the sum over event dims, and how many event dims it still has."""
+    if isinstance(fn, dist.Independent):
+        log_prob, event_dim = elementwise(fn.base_dist, value)
+        return log_prob, event_dim + fn.reinterpreted_batch_ndims
+    if isinstance(fn, MaskedDistribution) and isinstance(fn._mask, Tensor):
+        log_prob, event_dim = elementwise(fn.base_dist, value)
+        return scale_and_mask(log_prob, mask=fn._mask[(...,) + (None,) * event_dim]), event_dim
+    return fn.log_prob(value), 0
+
+
+def _elementwise_kl(q: Any, p: Any) -> tuple[Tensor, int]:
+    if isinstance(q, dist.Independent) and isinstance(p, dist.Independent):
+        dims = q.reinterpreted_batch_ndims
+        if dims == p.reinterpreted_batch_ndims:
+            kl, event_dim = _elementwise_kl(q.base_dist, p.base_dist)
+            return kl, event_dim + dims
+    return kl_divergence(q, p), 0
+
+
+class _Replay(Messenger):
+    """Give sites the values that another run had; a site that is data already keeps its own."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+class _Detach(Messenger):
+    """Draw the chosen sites without a path, in the order in which they would be drawn anyway."""
+
+    def __init__(self, chosen: Callable[[str, bool], bool]) -> None:
+        super().__init__()
+        self.chosen = chosen
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is None and not site_is_subsample(msg):
+            if self.chosen(msg["name"], msg["fn"].has_rsample):
+                with torch.no_grad():
+                    msg["value"] = msg["fn"]()
+        elif msg["infer"].get("observed") is not None and self.chosen(
+            msg["name"], msg["fn"].has_rsample
+        ):
+            msg["value"] = msg["value"].detach()
+
+
+def _trace(
+    program: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    handlers: Iterable[Any],
+    particles: int = 1,
+    nesting: int = 0,
+) -> tuple[dict[str, Site], dict[str, Tensor]]:
+    """Sample sites and the subsamples of plates. Handlers stand outside the particle plate, or all
+    particles would share what they draw."""
+    with ExitStack() as stack:
+        tracer = stack.enter_context(poutine.trace())
+        for handler in handlers:
+            stack.enter_context(handler)
+        if particles > 1:
+            stack.enter_context(pyro.plate(PLATE, particles, dim=-1 - nesting))
+        program(*args, **kwargs)
+    nodes = [site for site in tracer.trace.nodes.values() if site["type"] == "sample"]
+    sites = {
+        site["name"]: site
+        for site in nodes
+        if not site_is_subsample(site) and not site["infer"].get("_deterministic")
+    }
+    subsamples = {site["name"]: site["value"] for site in nodes if site_is_subsample(site)}
+    subsamples.pop(PLATE, None)
+    return sites, subsamples
+
+
+def unwrap(model: Program, args: tuple[Any, ...]) -> tuple[Program, Batch | None]:
+    """The bare model and the batch, if the first argument is one."""
+    if args and isinstance(args[0], Batch):
+        return (model.model if isinstance(model, Observed) else model), args[0]
+    return model, None
+
+
+def run(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    plan: Plan,
+    num_particles: int,
+    *,
+    boundary: Boundary | None = None,
+    scores: Callable[[str, bool], bool] | None = None,
+    handlers: Iterable[Any] = (),
+) -> Particles:
+    """One pass of ``num_particles`` vectorised particles.
+
+    Args:
+        boundary: run the model on boundary copies and take log q with constant guide parameters.
+        scores: ``(site, has_rsample) -> bool``, the sites that are drawn without a path.
+        handlers: further handlers around the guide (a widened proposal, say).
+
+    Raises:
+        SitesChanged: the programs have other sites than the plan says.
+    """
+    model, batch = unwrap(model, args)
+    around_guide: list[Any] = [_Detach(scores)] if scores else []
+    if batch is not None:
+        around_guide.append(Condition(batch, proposing=True))
+    guide_sites, subsamples = _trace(
+        guide, args, kwargs, [*around_guide, *handlers], num_particles, plan.nesting
+    )
+    draws = {name: site["value"] for name, site in guide_sites.items()}
+    if boundary is not None:
+        draws = {
+            name: boundary.copy(
+                value, guide_sites[name]["fn"].event_dim, plan, name not in plan.outside
+            )
+            for name, value in draws.items()
+        }
+    conditioned = [Condition(batch, proposed=draws)] if batch is not None else []
+    values = {**subsamples, **draws}
+    model_sites, _ = _trace(
+        model, args, kwargs, [_Replay(values), *conditioned], num_particles, plan.nesting
+    )
+    if plan.sites != _names(guide_sites, model_sites):
+        raise SitesChanged(
+            f"the sites of guide and model were {plan.sites} and are now "
+            f"{_names(guide_sites, model_sites)}; a program's sites must not depend on its draws"
+        )
+    particles = Particles(
+        *(plan, num_particles, {}, {}, {}, {}, {}),
+        *_row_scales(plan, model_sites),
+        guide=guide_sites,
+        model=model_sites,
+    )
+    for name, site in guide_sites.items():
+        particles.samples[name] = plan.canonical(
+            site["value"], site["fn"].event_dim, num_particles, particles.local(name)
+        )
+    _fill_model(particles, scores)
+    if boundary is None:
+        _fill_guide(particles, {name: particles._density(s) for name, s in guide_sites.items()})
+    elif len(guide_sites) == 1:
+        _fill_guide(particles, _constant_in_place(particles, draws))
+    else:
+        rerun = [_Replay(values)]
+        _fill_guide(particles, _constant_rerun(particles, guide, args, kwargs, rerun))
+    if scores is not None:
+        for name, site in guide_sites.items():
+            if scores(name, site["fn"].has_rsample) and name in particles.posterior:
+                particles.score[name] = particles.posterior[name]
+    return particles
+
+
+def _fill_model(particles: Particles, scores: Callable[[str, bool], bool] | None) -> None:
+    for name, site in particles.model.items():
+        if site["is_observed"]:
+            particles.likelihood[name] = particles._density(site)
+        elif name in particles.guide:
+            density = particles._density(site)
+            observed = site["infer"].get("observed")
+            if observed is not None:
+                mask = _fit(observed, density, site["fn"].event_dim, particles.plan, name)
+                zero = density.new_zeros(())
+                particles.likelihood[name] = torch.where(mask, density, zero)
+                density = torch.where(mask, zero, density)
+            particles.prior[name] = density
+        if scores is not None and name in particles.plan.drawn_parents:
+            source = site["infer"].get("source", site["fn"])
+            density = particles._density(site, site["value"].detach(), source)
+            if (drawn := site["infer"].get("drawn")) is not None:
+                mask = _fit(drawn, density, source.event_dim, particles.plan, name)
+                density = torch.where(mask, density.new_zeros(()), density)
+            particles.score[name] = density
+
+
+def _fill_guide(particles: Particles, densities: Mapping[str, Tensor]) -> None:
+    for name, density in densities.items():
+        site = particles.guide[name]
+        observed = site["infer"].get("observed")
+        if observed is True:
+            continue
+        if observed is not None:
+            mask = _fit(observed, density, site["fn"].event_dim, particles.plan, name)
+            density = torch.where(mask, density.new_zeros(()), density)
+        particles.posterior[name] = density
+
+
+def _fit(mask: Tensor, density: Tensor, event_dim: int, plan: Plan, site: str) -> Tensor:
+    """A mask ``[B, *event]`` beside a density ``[K, B, *rest]``; what does not factorize is missing
+    as a whole."""
+    lost = event_dim - (density.dim() - 2)
+    if lost > 0:
+        entries = mask.flatten(-lost)
+        mask = entries.all(-1)
+        if bool((mask != entries.any(-1)).any()):
+            raise ValueError(
+                f"site {site!r}: its distribution does not factorize, and rows are missing in part; "
+                "use a factorized distribution or make such rows missing as a whole"
+            )
+    return mask
+
+
+def _constant_in_place(particles: Particles, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """log q(z'; constant parameters) for one site: the direct dependence cancels on the same
+    distribution object, so that dropout, flows and function guides are right without a second run."""
+    ((name, site),) = particles.guide.items()
+    at_boundary = particles._density(site, draws[name])
+    score = particles.log_q(name)
+    return {name: at_boundary - score + score.detach()}
+
+
+def _constant_rerun(
+    particles: Particles,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    handlers: list[Any],
+) -> dict[str, Tensor]:
+    """log q(z'; constant parameters) for several sites: run the guide again on z', its parameters
+    swapped for detached ones. Densities are taken inside, since flows read parameters lazily."""
+    module = owner(guide)
+    assert module is not None
+    constant = {id(p): p.detach() for p in module.parameters()}
+    constant |= {id(b): b.clone() for b in module.buffers()}  # BatchNorm moves once, not twice
+    with swapped(module, constant), poutine.block(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*was not registered in the param store")
+        sites, _ = _trace(
+            guide, args, kwargs, handlers, particles.num_particles, particles.plan.nesting
+        )
+        return {name: particles._density(site) for name, site in sites.items()}
+
+
+def _row_scales(plan: Plan, model: Mapping[str, Site]) -> tuple[float, float | Tensor]:
+    local = next((site for name, site in model.items() if name not in plan.outside), None)
+    if local is None:
+        return 1.0, 1.0
+    plates = _plate_scale(local, plan.rows)
+    if not plan.common_scale:
+        return plates, plates
+    scale: float | Tensor = local["scale"]
+    return plates, scale.reshape(-1) if isinstance(scale, Tensor) and scale.dim() else scale
+
+
+def _names(guide: Mapping[str, Site], model: Mapping[str, Site]) -> tuple[Any, ...]:
+    return tuple(
+        tuple((name, bool(site["is_observed"])) for name, site in sites.items())
+        for sites in (guide, model)
+    )
+
+
+def _plate_scale(site: Site, rows: tuple[int, ...]) -> float:
+    """N / B of the site's row plates."""
+    scale = 1.0
+    for frame in site["cond_indep_stack"]:
+        if frame.dim in rows:
+            scale *= frame.full_size / frame.size
+    return scale
+
+
+# ---------------------------------------------------------------------------------------------
+# The first look at a pair
+
+
+def make_plan(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Plan:
+    """Run a pair once, check that it fits together and read off its structure.
+
+    Leaves the random state and the buffers as they were.
+
+    Raises:
+        ValueError: naming the site, for guide sites that the model lacks, shapes or supports that
+            disagree, data that no site takes, a site that broadcasts beyond its plates.
+    """
+    with preserved(model, guide), torch.no_grad(), poutine.block():
+        bare, batch = unwrap(model, args)
+        conditioned = [Condition(batch, proposing=True)] if batch is not None else []
+        guide_sites, subsamples = _trace(guide, args, kwargs, conditioned)
+        values = {**subsamples, **{name: site["value"] for name, site in guide_sites.items()}}
+        conditioned = [Condition(batch, proposed=values)] if batch is not None else []
+        model_sites, _ = _trace(bare, args, kwargs, [_Replay(values), *conditioned])
+        check_sites(model_sites, guide_sites, batch)
+        rows, outside = _rows(model_sites, guide_sites)
+        analytic, notes = _analytic(model_sites, guide_sites)
+        parents = _drawn_parents(bare, args, kwargs, model_sites, guide_sites, subsamples)
+        blockers = _score_blockers(guide, guide_sites)
+    sites = [*model_sites.values(), *guide_sites.values()]
+    local = [site for site in sites if site["name"] not in outside]
+    dims = [f.dim for site in sites for f in site["cond_indep_stack"] if f.vectorized]
+    return Plan(
+        programs=(model, guide),
+        nesting=-min(dims, default=0),
+        rows=rows,
+        outside=outside,
+        common_scale=_common_scale(local, rows),
+        analytic=analytic,
+        notes=notes,
+        unreparameterized=tuple(
+            name
+            for name, site in guide_sites.items()
+            if not site["fn"].has_rsample
+            and not site["is_observed"]
+            and site["infer"].get("observed") is not True
+        ),
+        drawn_parents=parents,
+        subsampled=tuple(
+            sorted(
+                {
+                    frame.name
+                    for site in local
+                    for frame in site["cond_indep_stack"]
+                    if frame.dim not in rows and frame.full_size != frame.size
+                }
+            )
+        ),
+        sites=_names(guide_sites, model_sites),
+        score_blockers=blockers,
+    )
+
+
+def check_sites(
+    model: Mapping[str, Site], guide: Mapping[str, Site], batch: Batch | None = None
+) -> None:
+    """Latents of model and guide match in name, shape and support; data meet a site; no site
+    broadcasts beyond its plates.
+
+    Raises:
+        ValueError: naming the site and the cure.
+    """
+    for name, q in guide.items():
+        if name not in model:
+            if q["infer"].get("is_auxiliary"):
+                continue
+            raise ValueError(
+                f"site {name!r}: the guide draws it, but the model's sites are {list(model)}; rename "
+                "it, or mark it infer={'is_auxiliary': True}"
+            )
+        p = model[name]
+        if p["is_observed"] and q["infer"].get("observed") is None and not q["is_observed"]:
+            raise ValueError(
+                f"site {name!r}: the model observes it and the guide draws it; drop one of the two"
+            )
+        if q["fn"].event_shape != p["fn"].event_shape:
+            raise ValueError(
+                f"site {name!r}: event shape {list(q['fn'].event_shape)} in the guide, "
+                f"{list(p['fn'].event_shape)} in the model; make them equal"
+            )
+        with torch.no_grad():
+            if not bool(p["fn"].support.check(q["value"]).all()):
+                raise ValueError(
+                    f"site {name!r}: the guide's {type(_core(q['fn'])).__name__} draws values outside "
+                    f"the support of the model's {type(_core(p['fn'])).__name__}; give both the same "
+                    "support"
+                )
+    for source, sites in (("model", model), ("guide", guide)):
+        for site in sites.values():
+            _check_broadcast(source, site)
+    if not any(site["is_observed"] or "observed" in site["infer"] for site in model.values()):
+        held = f"the batch holds {list(batch.sites)}" if batch is not None else "no obs= was given"
+        raise ValueError(
+            f"the model observes nothing: its sites are {list(model)}, {held}; rename the data or "
+            "the site"
+        )
+
+
+def _check_broadcast(source: str, site: Site) -> None:
+    shape = site["fn"].batch_shape
+    covered = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+    for dim in range(-len(shape), 0):
+        if shape[dim] != 1 and dim not in covered:
+            raise ValueError(
+                f"site {site['name']!r}: batch shape {list(shape)} in the {source}, but no plate "
+                f"stands at dim {dim}; move dims into the event by .to_event(), remove a dim of size "
+                "1 that made it broadcast, or add the plate"
+            )
+
+
+def _core(fn: Any) -> Any:
+    """The innermost distribution, under Independent, masks and expansions."""
+    while isinstance(fn, dist.Independent | MaskedDistribution | dist.ExpandedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
+def _frames(site: Site) -> frozenset[tuple[str, int]]:
+    return frozenset((f.name, f.dim) for f in site["cond_indep_stack"] if f.vectorized)
+
+
+def _rows(
+    model: Mapping[str, Site], guide: Mapping[str, Site]
+) -> tuple[tuple[int, ...], frozenset[str]]:
+    """The plates over rows: those of the observed sites that every site inside any of them shares."""
+    observed = [_frames(s) for s in model.values() if s["is_observed"] or "observed" in s["infer"]]
+    shared = frozenset.intersection(*observed)
+    inside = [_frames(site) for site in model.values() if _frames(site) & shared]
+    rows = frozenset.intersection(*inside) if inside else frozenset()
+    dims = {dim for _, dim in rows}
+    outside = set()
+    for name, site in [*guide.items(), *model.items()]:  # the model has the last word
+        here = {dim for _, dim in _frames(site)} if name not in model else None
+        local = bool(rows) and (dims <= here if here is not None else rows <= _frames(site))
+        (outside.discard if local else outside.add)(name)
+    return tuple(sorted(dims)), frozenset(outside)
+
+
+def _common_scale(local: list[Site], rows: tuple[int, ...]) -> bool:
+    """Whether all local sites carry one and the same user scale (a weight of the row)."""
+    if not local:
+        return False
+    inner = [torch.as_tensor(site["scale"] / _plate_scale(site, rows)) for site in local]
+    return bool((inner[0] != 1).any()) and all(
+        scale.shape == inner[0].shape and bool(torch.isclose(scale, inner[0]).all())
+        for scale in inner
+    )
+
+
+def _analytic(
+    model: Mapping[str, Site], guide: Mapping[str, Site]
+) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Sites whose analytic KL may stand for log q - log p(z).
+
+    The expectation over z_s is taken given what precedes it in the guide, so the model's prior of
+    z_s must depend on nothing else.
+    """
+    analytic, notes = set(), []
+    in_model, in_guide = [n for n in model if n in guide], [n for n in guide if n in model]
+    for place, name in enumerate(in_guide):
+        p, q = model[name], guide[name]
+        late = set(in_model[: in_model.index(name)]) - set(in_guide[:place])
+        if late:
+            why = f"the model draws {', '.join(sorted(late))} before it, the guide does not"
+        elif q["infer"].get("observed") is not None:
+            why = "it is observed in part"
+        elif not _same_weight(p, q):
+            why = "its scale or mask differs between model and guide"
+        else:
+            try:
+                _elementwise_kl(q["fn"], p["fn"])
+            except NotImplementedError:
+                names = f"{type(_core(q['fn'])).__name__} and {type(_core(p['fn'])).__name__}"
+                why = f"no KL is known for {names}"
+            else:
+                analytic.add(name)
+                continue
+        notes.append(f"site {name!r}: Monte Carlo KL, since {why}")
+    return frozenset(analytic), tuple(notes)
+
+
+def _same_weight(p: Site, q: Site) -> bool:
+    for key in ("scale", "mask"):
+        a, b = p[key], q[key]
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if a.shape != b.shape or not bool((a == b).all()):
+                return False
+        elif a is not b and (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b):
+            return False
+    return True
+
+
+def _drawn_parents(
+    model: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    sites: Mapping[str, Site],
+    guide: Mapping[str, Site],
+    subsamples: Mapping[str, Tensor],
+) -> tuple[str, ...]:
+    """Sites drawn from the model without a path on which another site's density depends, found by
+    changing the draw and looking."""
+    values = {**subsamples, **{name: site["value"] for name, site in sites.items()}}
+    drawn = [
+        name
+        for name, site in sites.items()
+        if name not in guide
+        and not _source(site).has_rsample
+        and ("drawn" in site["infer"] or not site["is_observed"])
+    ]
+    if not drawn:
+        return ()
+
+    def densities(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        replayed, _ = _trace(model, args, kwargs, [_Replay(values)])
+        return {name: elementwise(s["fn"], s["value"])[0] for name, s in replayed.items()}
+
+    base, parents = densities(values), []
+    for name in drawn:
+        fn, value = _source(sites[name]), sites[name]["value"]
+        observed = sites[name]["infer"].get("drawn", torch.tensor(False))
+        if fn.has_enumerate_support:
+            support = fn.enumerate_support(expand=False)
+            others = [support[0].expand(value.shape), support[-1].expand(value.shape)]
+        else:
+            others = [fn.sample() for _ in range(4)]
+        for other in others:
+            moved = densities({**values, name: torch.where(observed, value, other)})
+            if any(not torch.equal(moved[s], base[s]) for s in base if s != name):
+                parents.append(name)
+                break
+    return tuple(parents)
+
+
+def _source(site: Site) -> Any:
+    return site["infer"].get("source", site["fn"])
+
+
+def _score_blockers(guide: Program, sites: Mapping[str, Site]) -> dict[str, str]:
+    """Why log q can't be taken at boundary copies with constant parameters: site -> reason."""
+    blockers = {}
+    for name, site in sites.items():
+        if site["fn"].has_rsample:
+            try:
+                site["fn"].log_prob(site["value"].clone())
+            except (KeyError, NotImplementedError, RuntimeError):
+                blockers[name] = f"its {type(_core(site['fn'])).__name__} has no inverse"
+    if len(sites) > 1:
+        module, last = owner(guide), next(reversed(sites))
+        if module is None:
+            blockers[last] = "a guide of several sites must be a module (or a module's method)"
+        else:
+            for name, part in module.named_modules():
+                if isinstance(part, nn.modules.dropout._DropoutNd) and part.training and part.p > 0:
+                    blockers[last] = f"dropout ({name}) would draw another mask for its second run"
+    return blockers

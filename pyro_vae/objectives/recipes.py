@@ -1,0 +1,62 @@
+"""One short function per paper: a choice of parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pyro_vae.objectives.bounds import Elbo, Renyi
+from pyro_vae.objectives.estimators import Estimator
+from pyro_vae.objectives.objective import Objective
+from pyro_vae.objectives.rates import Analytic, Beta, MonteCarlo
+from pyro_vae.objectives.schedules import Schedule
+
+__all__ = ["beta_vae", "elbo", "iwae", "mean_field", "renyi"]
+
+
+def elbo(
+    num_particles: int = 1, estimator: str | Estimator = "pathwise", **parts: Any
+) -> Objective:
+    """Evidence lower bound, E_q[log p(x, z) - log q(z | x)] (Kingma & Welling 2014).
+
+    ``estimator="stl"`` drops the score of q (Roeder et al. 2017), ``"score"`` trains discrete sites.
+    """
+    return Objective(Elbo(), estimator, num_particles=num_particles, **parts)
+
+
+def mean_field(
+    num_particles: int = 1, estimator: str | Estimator = "pathwise", **parts: Any
+) -> Objective:
+    """Evidence lower bound with the KL in closed form wherever one is known (Kingma & Welling 2014)."""
+    return Objective(Elbo(), estimator, Analytic(), num_particles=num_particles, **parts)
+
+
+def iwae(num_particles: int, estimator: str | Estimator = "pathwise", **parts: Any) -> Objective:
+    """Importance weighted bound, E[log 1/K sum_k w_k] (Burda et al. 2016).
+
+    ``estimator="dreg"`` is IWAE-DReG (Tucker et al. 2019).
+    """
+    return Objective(Renyi(0.0), estimator, num_particles=num_particles, **parts)
+
+
+def renyi(
+    alpha: float, num_particles: int, estimator: str | Estimator = "pathwise", **parts: Any
+) -> Objective:
+    """Variational Rényi bound (Li & Turner 2016); ``alpha=float("-inf")`` is VR-max.
+
+    No bound at finite K for ``alpha < 0``.
+    """
+    return Objective(Renyi(alpha), estimator, num_particles=num_particles, **parts)
+
+
+def beta_vae(
+    beta: float | Schedule | Mapping[str, float | Schedule],
+    num_particles: int = 1,
+    estimator: str | Estimator = "pathwise",
+    analytic: bool = False,
+    **parts: Any,
+) -> Objective:
+    """ELBO with its rate times beta (Higgins et al. 2017); with ``schedules.linear(n)``, KL warm-up
+    over n steps (Bowman et al. 2016)."""
+    rate = Beta(beta, Analytic() if analytic else MonteCarlo())
+    return Objective(Elbo(), estimator, rate, num_particles=num_particles, **parts)

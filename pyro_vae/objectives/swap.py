@@ -1,0 +1,62 @@
+"""Run a program with other tensors in place of its parameters and buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+__all__ = ["owner", "preserved", "swapped"]
+
+
+def owner(program: Callable[..., Any]) -> nn.Module | None:
+    """The module whose parameters a program uses: itself, or the one it is a method of."""
+    if isinstance(program, nn.Module):
+        return program
+    bound_to = getattr(program, "__self__", None)
+    return bound_to if isinstance(bound_to, nn.Module) else None
+
+
+@contextmanager
+def swapped(module: nn.Module, new: Mapping[int, Tensor]) -> Iterator[None]:
+    """Let ``new[id(tensor)]`` stand wherever ``module`` holds ``tensor``; restore on exit.
+
+    Visits each module object once (``torch.func.functional_call`` leaves a module that has two
+    names with plain tensors in place of parameters), and Pyro's parameter store as well, since a
+    ``PyroModule`` would otherwise put the stored value back.
+    """
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+    store = pyro.get_param_store()._params
+    homes = [home for part in module.modules() for home in (part._parameters, part._buffers)]
+    for home in [*homes, store]:
+        for name, tensor in home.items():
+            if id(tensor) in new:
+                undo.append((home, name, tensor))
+    try:
+        for home, name, tensor in undo:
+            home[name] = new[id(tensor)]
+        yield
+    finally:
+        for home, name, tensor in undo:
+            home[name] = tensor
+
+
+@contextmanager
+def preserved(*programs: Callable[..., Any]) -> Iterator[None]:
+    """Undo what the body does to the random state and to the programs' buffers."""
+    modules = {id(module): module for program in programs if (module := owner(program)) is not None}
+    buffers = [buffer for module in modules.values() for buffer in module.buffers()]
+    kept = [buffer.detach().clone() for buffer in buffers]
+    others = {key: state for key, state in pyro.util.get_rng_state().items() if key != "torch"}
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        pyro.util.set_rng_state({"torch": torch.get_rng_state(), **others})
+        with torch.no_grad():
+            for buffer, value in zip(buffers, kept, strict=True):
+                buffer.copy_(value)
