@@ -1,1 +1,5 @@
-"""Generative programs, one per file."""
+"""Generative programs: what is drawn from what. Import as ``pyro_vae.models``."""
+
+from pyro_vae.models.latent import LatentVariableModel
+
+__all__ = ["LatentVariableModel"]

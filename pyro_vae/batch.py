@@ -16,7 +16,7 @@ from pyro.poutine.runtime import get_plates
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
-__all__ = ["Batch", "Observed"]
+__all__ = ["Batch", "Observed", "take"]
 
 
 class Batch:
@@ -218,6 +218,11 @@ class Batch:
             for site, value in self._values.items()
         )
         return f"Batch({self.size} of {self.total} rows: {shapes})"
+
+
+def take(data: Batch | Tensor, index: Any) -> Any:
+    """Rows of a batch or of a bare tensor."""
+    return data.rows(index) if isinstance(data, Batch) else data[index]
 
 
 def _flatten(batch: Batch) -> tuple[list[Any], Any]:

@@ -4,8 +4,8 @@ Each of them factorizes over its event, so that any entry may be missing, and ea
 ``build(network, event_shape, data=None)``, which makes the network as well:
 
 * ``network(shape)`` makes a network that returns ``[..., *shape]``;
-* ``data`` are training values ``[N, *event]`` of the site, floating, NaN where missing, from which the
-  conditional starts; None where there are none, as for a latent.
+* ``data`` are training values ``[N, *event]`` of the site, floating, NaN where missing, from which
+  the conditional starts; None where there are none, as for a latent.
 """
 
 from pyro_vae.conditionals.discrete import Bernoulli, Binomial, Categorical, ContinuousBernoulli

@@ -42,8 +42,7 @@ class Bernoulli(nn.Module):
         cls, network: Network, event_shape: Sequence[int], data: Tensor | None = None
     ) -> Bernoulli:
         """Make the network too; with ``data`` it starts from their mean (Burda et al. 2016)."""
-        start = 0.0 if data is None else marginal.logit(data)
-        return cls(nn.Sequential(network(event_shape), Affine(start)), event_shape)
+        return cls(_from_mean(network(event_shape), data), event_shape)
 
     def forward(self, *parents: Tensor) -> TorchDistribution:
         """Bernoulli with event ``[*event]``."""
@@ -52,7 +51,7 @@ class Bernoulli(nn.Module):
 
 
 class ContinuousBernoulli(nn.Module):
-    """Values in [0, 1], exponential between the ends (Loaiza-Ganem and Cunningham 2019, arXiv:1907.06845).
+    """Values in [0, 1] (Loaiza-Ganem and Cunningham 2019, arXiv:1907.06845).
 
     The density is not bounded at 0 and 1: pixels that are always black or white raise it without
     limit, as the logarithm of the logit. In float32, torch caps its normaliser at logits of 16.
@@ -76,8 +75,7 @@ class ContinuousBernoulli(nn.Module):
         cls, network: Network, event_shape: Sequence[int], data: Tensor | None = None
     ) -> ContinuousBernoulli:
         """Make the network too; with ``data`` it starts near their mean."""
-        start = 0.0 if data is None else marginal.logit(data)
-        return cls(nn.Sequential(network(event_shape), Affine(start)), event_shape)
+        return cls(_from_mean(network(event_shape), data), event_shape)
 
     def forward(self, *parents: Tensor) -> TorchDistribution:
         """ContinuousBernoulli with event ``[*event]``."""
@@ -118,16 +116,16 @@ class Binomial(nn.Module):
     ) -> Binomial:
         """Make the network too; with ``data`` it starts from their mean.
 
-        n is ``total_count`` or else the largest count seen; 255 if that is above 127, since bytes need
-        not reach their end in every sample.
+        n is ``total_count`` or else the largest count seen; 255 if that is above 127, since bytes
+        need not reach their end in every sample.
         """
         if total_count is None:
             if data is None:
                 raise ValueError("Binomial: came neither data nor total_count=, wanted one")
             seen = int(data.nan_to_num(0.0).max())
             total_count = max(seen, 1) if not 127 < seen < 255 else 255
-        start = 0.0 if data is None else marginal.logit(data, total_count)
-        return cls(nn.Sequential(network(event_shape), Affine(start)), event_shape, total_count)
+        net = _from_mean(network(event_shape), data, total_count)
+        return cls(net, event_shape, total_count)
 
     def forward(self, *parents: Tensor) -> TorchDistribution:
         """Binomial with event ``[*event]``."""
@@ -141,11 +139,12 @@ class Categorical(nn.Module):
     Args:
         net: ``parents -> logits [..., *event, C]``.
         event_shape: ``[*event]``.
+        classes: C.
     """
 
-    def __init__(self, net: nn.Module, event_shape: Sequence[int]) -> None:
+    def __init__(self, net: nn.Module, event_shape: Sequence[int], classes: int) -> None:
         super().__init__()
-        self.net, self.event_shape = net, tuple(event_shape)
+        self.net, self.event_shape, self.classes = net, tuple(event_shape), classes
 
     @staticmethod
     def takes(data: Tensor) -> bool:
@@ -172,18 +171,18 @@ class Categorical(nn.Module):
             classes = int(data.nan_to_num(0.0).max()) + 1
         net = nn.Sequential(several(network, classes, event_shape), _ClassesLast(len(event_shape)))
         if data is not None:
-            indices = torch.arange(classes, device=data.device)
-            hits = (data.unsqueeze(-1) == indices).to(data.dtype)  # [N, *event, C]
-            hits[data.isnan()] = torch.nan
-            net.append(Affine(marginal.mean(hits).clamp(min=1e-3).log()))
-        return cls(net, event_shape)
+            net.append(Affine(marginal.frequencies(data, classes).clamp(min=1e-3).log()))
+        return cls(net, event_shape, classes)
 
     def forward(self, *parents: Tensor) -> TorchDistribution:
         """Categorical with event ``[*event]``."""
-        logits = self.net(*parents)
-        outputs_shape = (*self.event_shape, logits.shape[-1])
-        logits = outputs(self, nn.Identity(), (logits,), *outputs_shape)
+        logits = outputs(self, self.net, parents, *self.event_shape, self.classes)
         return independent(dist.Categorical(logits=logits), len(self.event_shape))
+
+
+def _from_mean(net: nn.Module, data: Tensor | None, bound: float = 1.0) -> nn.Module:
+    """``net`` with the logit of the data's mean added to what it returns."""
+    return net if data is None else nn.Sequential(net, Affine(marginal.logit(data, bound)))
 
 
 class _ClassesLast(nn.Module):
@@ -197,7 +196,7 @@ class _ClassesLast(nn.Module):
         return logits.movedim(-1 - self.event_dim, -1)
 
 
-class _Bernoulli(dist.Bernoulli):
+class _Bernoulli(dist.Bernoulli):  # type: ignore[misc]
     """Pyro's Bernoulli, which refuses to score integer and bool values."""
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -209,8 +208,8 @@ class _Binomial(dist.Binomial):
     """Pyro's Binomial for one n, with two differences.
 
     * ``uint8`` values: lgamma(x + 1) of x = 255 overflows to lgamma(0);
-    * log C(n, x) does not depend on the parents: it is computed in the shape of the values, once and
-      not K times for K particles.
+    * log C(n, x) does not depend on the parents: it is computed in the shape of the values, once
+      and not K times for K particles.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:

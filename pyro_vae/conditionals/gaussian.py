@@ -76,8 +76,9 @@ class DiagonalGaussian(nn.Module):
         double, unit = several(network, 2, event_shape), torch.ones(())
         if data is not None:
             loc, unit = marginal.mean(data), marginal.spread(data)
-            start = torch.stack([loc, torch.zeros_like(loc)])
-            double = nn.Sequential(double, Affine(start, torch.stack([unit, torch.ones_like(unit)])))
+            shift = torch.stack([loc, torch.zeros_like(loc)])
+            scale = torch.stack([unit, torch.ones_like(unit)])
+            double = nn.Sequential(double, Affine(shift, scale))
         flat = Reshape((2, *event_shape), _twice(event_shape))
         return cls(nn.Sequential(double, flat), event_shape, unit)
 
@@ -86,7 +87,7 @@ class DiagonalGaussian(nn.Module):
         shape = _twice(self.event_shape)
         out = outputs(self, self.net, parents, *shape)
         lead = out.shape[: out.dim() - len(shape)]
-        loc, raw = out.reshape(*lead, 2, *self.event_shape).unbind(len(lead))
+        loc, raw = out.reshape((*lead, 2, *self.event_shape)).unbind(len(lead))
         scale = self.unit * (self.floor + softplus(raw))
         return independent(dist.Normal(loc, scale), len(self.event_shape))
 
@@ -149,7 +150,9 @@ class Gaussian(nn.Module):
 
 
 class OptimalSigma(nn.Module):
-    r"""N(m(y), s²) whose scale is computed from residuals (sigma-VAE, Rybkin et al. 2021, arXiv:2006.13202).
+    r"""N(m(y), s²) whose scale s is computed from residuals, not learned.
+
+    The sigma-VAE of Rybkin et al. (2021, arXiv:2006.13202):
 
     .. math:: s^2 = \frac{1}{n} \sum (x - m(y))^2
 
@@ -223,8 +226,9 @@ class OptimalSigma(nn.Module):
         if not self.training:
             raise RuntimeError("OptimalSigma: the scale is frozen in evaluation; call .train()")
         square = (x - loc).square()
-        counts = torch.ones_like(x) if mask is None else mask.to(square.dtype)
-        counts = counts.expand(square.shape)
+        counts = torch.ones_like(square)
+        if mask is not None:
+            counts = counts * mask
         shape = self.scale.shape
         total = (square * counts).sum_to_size(shape)
         counted = counts.sum_to_size(shape)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["holds", "logit", "mean", "spread"]
+__all__ = ["frequencies", "holds", "logit", "mean", "spread"]
 
 
 def holds(condition: Tensor, data: Tensor) -> bool:
@@ -37,3 +37,10 @@ def spread(data: Tensor) -> Tensor:
 def logit(data: Tensor, bound: float = 1.0) -> Tensor:
     """Logit of the mean of data in [0, bound], kept within [.001, .999], ``[*event]``."""
     return torch.logit(mean(data) / bound, eps=1e-3)
+
+
+def frequencies(data: Tensor, classes: int) -> Tensor:
+    """Frequency of each class in each entry, ``[*event, C]``."""
+    missing = data.isnan()
+    hits = ((data == c).to(data.dtype).masked_fill(missing, torch.nan) for c in range(classes))
+    return torch.stack([mean(hit) for hit in hits], -1)

@@ -13,7 +13,7 @@ from pyro_vae.nn.leading import Reshape
 __all__ = ["Network", "independent", "outputs", "several"]
 
 Network = Callable[[Sequence[int]], nn.Module]
-"""Makes a network for the shape it is to return: ``network(shape)(parent)`` is ``[..., *shape]``."""
+"""Makes a network by the shape it returns: ``network(shape)(parent)`` is ``[..., *shape]``."""
 
 
 def outputs(owner: nn.Module, net: nn.Module, parents: Sequence[Tensor], *shape: int) -> Tensor:

@@ -20,6 +20,7 @@ __all__ = ["describe", "load", "split"]
 FOLDER = "PYRO_VAE_DATA"
 BUILT_IN = ("digits", "digits_binary")
 BINARY_SEED = 0  # of the one Bernoulli draw per pixel of digits_binary
+MASK = "observed_"  # prefix of the arrays that say where a site is observed
 SPLIT_SEED = 0  # of the 80/20 split of the digits, which have no official one
 
 
@@ -35,14 +36,15 @@ def load(
     * ``"digits_binary"``: the same rows with ``x`` in {0, 1}: one Bernoulli draw per pixel, with
       probability count / 16 and a fixed seed (static binarization).
     * a path to an ``.npz`` file, or ``NAME`` for ``NAME.npz`` in the folder that the environment
-      variable ``PYRO_VAE_DATA`` names. Arrays ``x_train``, ``x_valid``, ``x_test`` are site ``x`` of
-      three splits; without such suffixes the file is one split.
+      variable ``PYRO_VAE_DATA`` names. Arrays ``x_train``, ``x_valid``, ``x_test`` are site ``x``
+      of three splits; without such suffixes the file is one split.
 
-    How an array becomes a site: NaN means missing, and a bool array ``observed_x`` (``observed_x_train``)
-    is the mask of ``x``, which integers need. Floating arrays take torch's default dtype. Of bool and
-    uint8 arrays, those of two or more dimensions (pixels) become floating *unscaled* values (0..255
-    stays 0..255), others (labels) int64, as do all wider integers. A file ``mnist_static_binary.npz``
-    with bit-packed rows [N, 98] is unpacked to ``x`` [N, 28, 28] in {0, 1}.
+    How an array becomes a site: NaN means missing, and a bool array ``observed_x``
+    (``observed_x_train``) is the mask of ``x``, which integers need to miss anything. Floating
+    arrays take torch's default dtype. Bool and uint8 arrays of two or more dimensions (pixels)
+    become floating *unscaled* values: 0..255 stays 0..255. All other integers become int64. A file
+    ``mnist_static_binary.npz`` with bit-packed rows [N, 98] is unpacked to ``x`` [N, 28, 28] in
+    {0, 1}.
 
     Args:
         name_or_path: name or path as above. With a folder or an ending in it, it is a path.
@@ -69,13 +71,15 @@ def describe(
 
     Returns:
         ``name``, ``source``, ``sha256`` (of the file; of the raw arrays for built-in data),
-        ``split``, ``splits`` (those there are), ``rows``, ``sites`` (shape, dtype, number of missing
-        entries), ``steps`` (what was done to the values, in words), and the seeds that were used.
+        ``split``, ``splits`` (those there are), ``rows``, ``sites`` (shape, dtype, number of
+        missing entries), ``steps`` (what was done to the values, in words), and the seeds used.
     """
     return _load(name_or_path, split, sites)[1]
 
 
-def split(batch: Batch, fractions: Sequence[float] = (0.8, 0.2), seed: int = 0) -> tuple[Batch, ...]:
+def split(
+    batch: Batch, fractions: Sequence[float] = (0.8, 0.2), seed: int = 0
+) -> tuple[Batch, ...]:
     """Cut a batch into parts by a seeded permutation of its rows.
 
     Each part is a data set of its own: its ``total`` is its number of rows, counted from 0. Which
@@ -119,10 +123,10 @@ def _load(
     if isinstance(sites, str):
         raise ValueError(f"sites= came the text {sites!r}, wanted a list of names: [{sites!r}]")
     name = os.fspath(name_or_path)
-    if name in BUILT_IN and isinstance(name_or_path, str):
+    if isinstance(name_or_path, str) and name in BUILT_IN:
         batch, record = _digits(name, split_name, sites)
     else:
-        batch, record = _file(_resolve(name), split_name, sites)
+        batch, record = _file(_resolve(name_or_path), split_name, sites)
     described = {
         site: {
             "shape": list(batch[site].shape),
@@ -134,10 +138,11 @@ def _load(
     return batch, {"name": name, **record, "rows": batch.size, "sites": described}
 
 
-def _resolve(name: str) -> Path:
+def _resolve(name_or_path: str | os.PathLike[str]) -> Path:
     """The file that a name or a path stands for."""
-    if os.sep in name or "/" in name or Path(name).suffix:
-        return Path(name)
+    name = os.fspath(name_or_path)
+    if not isinstance(name_or_path, str) or "/" in name or os.sep in name or Path(name).suffix:
+        return Path(name).expanduser()
     folder = os.environ.get(FOLDER)
     if folder and (path := Path(folder) / f"{name}.npz").exists():
         return path
@@ -177,7 +182,9 @@ def _digits(
     arrays = {"x": pixels, "y": labels}
     if unknown := sorted(set(sites or ()) - set(arrays)):
         raise ValueError(f"{name}: sites= names {unknown}, the data set holds {sorted(arrays)}")
-    batch = Batch({site: _numbers(arrays[site]) for site in arrays if sites is None or site in sites})
+    batch = Batch(
+        {site: _numbers(arrays[site]) for site in arrays if sites is None or site in sites}
+    )
 
     chosen = "all" if split_name is None else split_name
     splits = ["train", "test", "all"]
@@ -195,80 +202,114 @@ def _digits(
 def _file(
     path: Path, split_name: str | None, sites: Collection[str] | None
 ) -> tuple[Batch, dict[str, Any]]:
-    arrays = read_arrays(path, sites)
-    steps = _unpack_bits(path, arrays) if path.stem == "mnist_static_binary" else []
-    chosen = _choose(path, arrays, split_name)
-    rows = {site: array.shape[0] if array.ndim else 0 for site, array in arrays[chosen].items()}
+    parts = read_arrays(path, sites)
+    steps = _unpack_bits(path, parts) if path.stem == "mnist_static_binary" else []
+    chosen = _choose(path, parts, split_name)
+    part = parts[chosen]
+    _check_rows(path, part)
+    # Every split agrees on what is incomplete, and missing entries read as they do in the first.
+    incomplete = {site for each in parts.values() for site in each if _has_missing(each, site)}
+    first = next(iter(parts.values()))
+    try:
+        fill = _batch(first, incomplete, only=incomplete).fill if incomplete & set(first) else {}
+        batch = _batch(part, incomplete, {site: fill[site] for site in fill if site in part})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    steps += [
+        f"{site}: {part[site].dtype} to floating, unscaled"
+        for site in batch.sites
+        if _is_pixels(part[site])
+    ]
+    return batch, {
+        "source": str(path),
+        "sha256": sha256(path),
+        "split": chosen or "all",
+        "splits": [each or "all" for each in parts],
+        "steps": steps,
+    }
+
+
+def _choose(
+    path: Path, parts: Mapping[str | None, Mapping[str, Array]], split_name: str | None
+) -> str | None:
+    stored = [each for each in parts if each is not None]
+    if not stored:
+        if split_name in (None, "all"):
+            return None
+        raise ValueError(
+            f"{path}: split= came {split_name!r}, but the file is not stored in parts; divide it "
+            "by pyro_vae.data.split(batch, fractions)"
+        )
+    if loose := sorted(parts.get(None, ())):
+        raise ValueError(
+            f"{path}: arrays {loose} belong to no split, others are of {stored}; leave them out by "
+            "sites="
+        )
+    chosen = "train" if split_name is None else split_name
+    if chosen not in stored:
+        raise ValueError(f"{path}: split= came {chosen!r}, wanted one of {stored}")
+    return chosen
+
+
+def _check_rows(path: Path, part: Mapping[str, Array]) -> None:
+    rows = {site: len(array) if array.ndim else 0 for site, array in part.items()}
     if len(set(rows.values())) > 1:
         raise ValueError(
             f"{path}: the arrays differ in their number of rows: {rows}; name them SITE_train, "
             "SITE_valid, SITE_test, or take some by sites="
         )
     if not all(rows.values()):
-        empty = [site for site, number in rows.items() if not number]
-        raise ValueError(f"{path}: arrays {empty} have no rows, wanted [B, *event]")
-    try:
-        batch = _batch(arrays, chosen)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    steps += [
-        f"{site}: {array.dtype} to floating, unscaled"
-        for site, array in arrays[chosen].items()
-        if site in batch and _is_pixels(array)
-    ]
-    return batch, {
-        "source": str(path),
-        "sha256": sha256(path),
-        "split": "all" if chosen is None else chosen,
-        "splits": ["all" if there is None else there for there in arrays],
-        "steps": steps,
+        raise ValueError(f"{path}: arrays {list(rows)} have no rows, wanted [B, *event]")
+    for name in part:
+        site = name.removeprefix(MASK)
+        if site != name and site not in part:
+            raise ValueError(f"{path}: array {name!r} is the mask of {site!r}, which is not there")
+        if site != name and not np.isin(part[name], (0, 1)).all():
+            raise ValueError(
+                f"{path}: array {name!r} is a mask, wanted True or False (1 or 0) only"
+            )
+
+
+def _batch(
+    part: Mapping[str, Array],
+    incomplete: Collection[str],
+    fill: Mapping[str, float] | None = None,
+    only: Collection[str] | None = None,
+) -> Batch:
+    values = {
+        site: _numbers(array)
+        for site, array in part.items()
+        if not site.startswith(MASK) and (only is None or site in only)
     }
-
-
-def _choose(
-    path: Path, arrays: Mapping[str | None, Mapping[str, Array]], split_name: str | None
-) -> str | None:
-    parts = [there for there in arrays if there is not None]
-    if not parts:
-        if split_name in (None, "all"):
-            return None
-        raise ValueError(
-            f"{path}: split= came {split_name!r}, but the file is not stored in parts; divide it by "
-            "pyro_vae.data.split(batch, fractions)"
-        )
-    if loose := sorted(arrays.get(None, ())):
-        raise ValueError(
-            f"{path}: arrays {loose} belong to no split, while others are of {parts}; leave them "
-            "out by sites="
-        )
-    chosen = "train" if split_name is None else split_name
-    if chosen not in parts:
-        raise ValueError(f"{path}: split= came {chosen!r}, wanted one of {parts}")
-    return chosen
-
-
-def _batch(arrays: Mapping[str | None, Mapping[str, Array]], chosen: str | None) -> Batch:
-    """One split as a Batch, alike to the others in what is incomplete and what missing reads as."""
-    values, observed = _sites(arrays[chosen])
-    first = next(iter(arrays))  # the split that says what missing entries read as
-    fill: dict[str, float] = {}
-    for site, value in values.items():
-        peers = [_sites(part) for part in arrays.values() if part is not arrays[chosen]]
-        if site not in observed and any(
-            site in peer_observed or _has_nan(peer.get(site)) for peer, peer_observed in peers
-        ):
-            observed[site] = np.ones(value.shape, dtype=bool)
-        if chosen != first and site in arrays[first]:
-            reference, mask = _sites({**arrays[first]})
-            whole = Batch({site: reference[site]}, {site: mask[site]} if site in mask else None)
-            fill |= whole.fill
+    everywhere = {site: np.ones(values[site].shape, bool) for site in values if site in incomplete}
+    observed = {site: part.get(MASK + site, mask) for site, mask in everywhere.items()}
     return Batch(values, observed, fill=fill)
 
 
-def _sites(arrays: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Values and masks, apart."""
-    return {}, {}
+def _has_missing(part: Mapping[str, Array], site: str) -> bool:
+    array = part[site]
+    return MASK + site in part or (array.dtype.kind == "f" and bool(np.isnan(array).any()))
 
 
-def _has_nan(array: Array | None) -> bool:
-    return array is not None and array.dtype.kind == "f" and bool(np.isnan(array).any())
+def _is_pixels(array: Array) -> bool:
+    return array.ndim > 1 and array.dtype in (np.bool_, np.uint8)
+
+
+def _numbers(array: Array) -> Array:
+    """Floating for floating arrays and pixels, int64 for the rest; in this machine's byte order."""
+    if array.dtype.kind != "f" and not _is_pixels(array):
+        return array.astype(np.int64)
+    double = torch.get_default_dtype() == torch.float64
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which Batch refuses
+        return array.astype(np.float64 if double else np.float32)
+
+
+def _unpack_bits(path: Path, parts: dict[str | None, dict[str, Array]]) -> list[str]:
+    """Turn bit-packed rows [N, 98] of site x into [N, 28, 28] of 0 and 1, in place."""
+    for part in parts.values():
+        if "x" in part:
+            if part["x"].dtype != np.uint8 or part["x"].shape[1:] != (98,):
+                came = f"{part['x'].dtype} {list(part['x'].shape)}"
+                raise ValueError(f"{path}: array 'x' came {came}, wanted bit-packed uint8 [N, 98]")
+            part["x"] = np.unpackbits(part["x"], axis=1).reshape(-1, 28, 28)
+    return ["x: unpacked from bits, 1 = ink (static binarization of the file's authors)"]

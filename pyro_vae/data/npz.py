@@ -1,4 +1,4 @@
-"""Arrays out of an ``.npz`` file: which sites and splits it holds, and clear errors when it is broken."""
+"""Arrays out of an ``.npz`` file, sorted by split, with a clear error for what is broken."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def by_split(names: Collection[str]) -> dict[str | None, dict[str, str]]:
     return {split: groups[split] for split in order if split in groups}
 
 
-def read_arrays(path: Path, sites: Collection[str] | None = None) -> dict[str | None, dict[str, Array]]:
+def read_arrays(
+    path: Path, sites: Collection[str] | None = None
+) -> dict[str | None, dict[str, Array]]:
     """Read ``split -> name -> array`` from a file; with ``sites``, only those and their masks.
 
     Raises:

@@ -11,7 +11,7 @@ __all__ = ["Affine", "OneHot"]
 class Affine(nn.Module):
     """``shift + scale * x``, entry by entry, with fixed ``shift`` and ``scale``.
 
-    Takes data of any dtype (``uint8`` and ``float64`` included) to the dtype of a network's weights.
+    Takes data of any dtype (``uint8`` and ``float64`` included) to that of a network's weights.
 
     Args:
         shift: number, or tensor that broadcasts to ``[*event]``.
@@ -33,7 +33,7 @@ class Affine(nn.Module):
 
 
 class OneHot(nn.Module):
-    """Classes as indicators, ``[..., *event] -> [..., C, *event]``: channels first, as networks want.
+    """Classes as indicators, ``[..., *event] -> [..., C, *event]``, channels first.
 
     A comparison, since ``torch.nn.functional.one_hot`` checks the range of its input on the host.
     """

@@ -23,8 +23,8 @@ def convolutional(
 ) -> nn.Module:
     """A network between an image and a vector, ``[..., *inputs] -> [..., *outputs]``.
 
-    The side that is an image, ``[H, W]``, ``[C, H, W]`` or ``[..., C, H, W]`` (axes before the last two
-    are channels), decides between encoder and decoder. Each stage halves the image, rounding up, or
+    The side that is an image, ``[H, W]`` or ``[..., H, W]`` (all axes before the last two are
+    channels), decides between encoder and decoder. Each stage halves the image, rounding up, or
     brings it back to the size it was halved from, so that any H and W come back exactly.
 
     Args:
@@ -37,8 +37,8 @@ def convolutional(
     inputs, outputs = tuple(inputs), tuple(outputs)
     if (len(inputs) > 1) == (len(outputs) > 1) or not hidden:
         raise ValueError(
-            f"convolutional: came {list(inputs)} -> {list(outputs)} with hidden={list(hidden)}, wanted "
-            "an image on one side, a vector on the other, and the channels of at least one stage"
+            f"convolutional: came {list(inputs)} -> {list(outputs)} with hidden={list(hidden)}, "
+            "wanted an image on one side, a vector on the other, and at least one hidden stage"
         )
     build = _encoder if len(inputs) > 1 else _decoder
     return leading(build(inputs, outputs, hidden, activation, block), event_dim=len(inputs))

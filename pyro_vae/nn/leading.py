@@ -13,8 +13,8 @@ __all__ = ["Reshape", "leading"]
 def leading(net: nn.Module, event_dim: int) -> nn.Module:
     """Wrap a network that knows one batch dimension, so that it takes any number of them.
 
-    Convolutions refuse ``[K, B, C, H, W]``; BatchNorm takes ``[K, B, C]`` for ``[B, C, L]`` and, where
-    B equals C, silently normalises the wrong axis. Wrapped, the K * B rows are one batch.
+    Convolutions refuse ``[K, B, C, H, W]``; BatchNorm takes ``[K, B, C]`` for ``[B, C, L]`` and,
+    where B equals C, silently normalises the wrong axis. Wrapped, the K * B rows are one batch.
 
     Args:
         net: module ``[rows, *event] -> [rows, *out]``.
@@ -32,8 +32,8 @@ class _Leading(nn.Module):
         """``[..., *event] -> [..., *out]``."""
         cut = x.dim() - self.event_dim
         lead, event = x.shape[:cut], x.shape[cut:]
-        out: Tensor = self.net(x.reshape(math.prod(lead), *event))
-        return out.reshape(*lead, *out.shape[1:])
+        out: Tensor = self.net(x.reshape((math.prod(lead), *event)))
+        return out.reshape((*lead, *out.shape[1:]))
 
     def extra_repr(self) -> str:
         return f"event_dim={self.event_dim}"
@@ -49,7 +49,7 @@ class Reshape(nn.Module):
         self.old, self.new = tuple(old), tuple(new)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[: x.dim() - len(self.old)], *self.new)
+        return x.reshape((*x.shape[: x.dim() - len(self.old)], *self.new))
 
     def extra_repr(self) -> str:
         return f"{list(self.old)} -> {list(self.new)}"

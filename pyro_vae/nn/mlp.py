@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -30,7 +31,7 @@ def mlp(
     if len(sizes) < 2:
         raise ValueError(f"mlp: sizes= came {list(sizes)}, wanted an input and an output size")
     layers: list[nn.Module] = []
-    for narrow, wide in zip(sizes[:-2], sizes[1:-1], strict=True):
+    for narrow, wide in pairwise(sizes[:-1]):
         layers.append(nn.Linear(narrow, wide))
         if norm is not None:
             layers.append(leading(norm(wide), event_dim=1))
@@ -46,7 +47,7 @@ def dense(
     hidden: Sequence[int] = (200, 200),
     activation: Callable[[], nn.Module] = nn.ReLU,
 ) -> nn.Sequential:
-    """An mlp between two shapes, ``[..., *inputs] -> [..., *outputs]``: encoder and decoder alike."""
+    """An mlp between two shapes, ``[..., *inputs] -> [..., *outputs]``."""
     flat, wide = math.prod(inputs), math.prod(outputs)
     return nn.Sequential(
         Reshape(inputs, (flat,)),

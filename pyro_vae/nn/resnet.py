@@ -29,9 +29,7 @@ class Residual(nn.Module):
 def dense_block(width: int, activation: Callable[[], nn.Module] = nn.ReLU) -> Residual:
     """``x + W2 f(W1 f(x))``, ``[..., width] -> [..., width]``."""
     return Residual(
-        nn.Sequential(
-            activation(), nn.Linear(width, width), activation(), nn.Linear(width, width)
-        )
+        nn.Sequential(activation(), nn.Linear(width, width), activation(), nn.Linear(width, width))
     )
 
 
@@ -74,7 +72,7 @@ def conv_resnet(
     hidden: Sequence[int] = (32, 64),
     activation: Callable[[], nn.Module] = nn.ReLU,
 ) -> nn.Module:
-    """``convolutional`` with a residual block in each stage, ``[..., *inputs] -> [..., *outputs]``."""
+    """``convolutional`` with a residual block in each stage."""
     return convolutional(
         inputs, outputs, hidden, activation, block=partial(conv_block, activation=activation)
     )

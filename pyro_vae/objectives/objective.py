@@ -9,7 +9,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import ELBO
+from pyro.infer.elbo import ELBO, ELBOModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -61,7 +61,7 @@ class _Chunk:
     boundary: Boundary | None
 
 
-class Objective(ELBO):  # type: ignore[misc]
+class Objective(ELBO):
     """A loss for a Pyro model and guide, made of orthogonal parts.
 
     ``objective(model, guide)`` is an ``nn.Module`` whose call returns the loss; the objective itself
@@ -227,13 +227,13 @@ class Objective(ELBO):  # type: ignore[misc]
         weight = first.scale
         if batch is not None and batch.weights is not None:
             weight = weight * batch.weights
-        value, surrogate = step.new_zeros((), dtype=torch.get_default_dtype()), 0.0
+        value = surrogate = torch.zeros((), device=step.device)
         rows = first.plate_scale
         if log_w is not None:
             known, rows = log_w.detach(), log_w.shape[1] * rows
-            linear = self.bound.weights(known) * (
-                log_w if first.rest is None else log_w - _join(c.rest for c in chunks)
-            )
+            if (rest := _join(c.rest for c in chunks)) is not None:
+                log_w = log_w - rest
+            linear = self.bound.weights(known) * log_w
             if (score := _join(c.score for c in chunks)) is not None:
                 linear = linear + self.bound.reward(known) * score
             value = value - (weight * self.bound(known)).sum()
@@ -259,7 +259,7 @@ class Objective(ELBO):  # type: ignore[misc]
                 else (weight * nats).expand(log_w.shape[1]).sum()
             )
             value, surrogate = value + penalty.detach(), surrogate + penalty
-        return value + (surrogate - surrogate.detach()), rows  # type: ignore[attr-defined]
+        return value + (surrogate - surrogate.detach()), rows
 
     def _chunks(
         self,
@@ -367,18 +367,18 @@ class Objective(ELBO):  # type: ignore[misc]
         return f"Objective({', '.join(parts)}, num_particles={self.num_particles})"
 
 
-class ObjectiveModule(nn.Module):
+class ObjectiveModule(ELBOModule):
     """The loss of one pair under one objective: ``module(batch)`` is a scalar to differentiate.
 
     Its parameters are those of model, guide and objective. Its ``step`` is what schedules read; it
     advances by one with every call in training mode with gradients on.
     """
 
+    elbo: Objective
     step: Tensor
 
     def __init__(self, model: Program, guide: Program, objective: Objective) -> None:
-        super().__init__()
-        self.model, self.guide, self.objective = model, guide, objective
+        super().__init__(model, guide, objective)  # type: ignore[arg-type]
         for name, program in (("_model_owner", model), ("_guide_owner", guide)):
             if not isinstance(program, nn.Module) and (module := owner(program)) is not None:
                 setattr(self, name, module)
@@ -390,7 +390,7 @@ class ObjectiveModule(nn.Module):
 
     def loss_and_rows(self, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
         """The loss and the number of rows it stands for."""
-        out = self.objective.loss_and_rows(self.model, self.guide, args, kwargs, self.step.clone())
+        out = self.elbo.loss_and_rows(self.model, self.guide, args, kwargs, self.step.clone())
         if self.training and torch.is_grad_enabled():
             self.step += 1
         return out

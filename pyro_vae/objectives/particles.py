@@ -22,7 +22,7 @@ from torch.distributions import kl_divergence
 from pyro_vae.batch import Batch, Condition, Observed
 from pyro_vae.objectives.swap import owner, preserved, swapped
 
-__all__ = ["Boundary", "Particles", "Plan", "SitesChanged", "make_plan", "run"]
+__all__ = ["Boundary", "Particles", "Plan", "Replay", "SitesChanged", "core", "make_plan", "run", "trace"]
 
 Program = Callable[..., Any]
 Site = dict[str, Any]
@@ -207,7 +207,7 @@ def _elementwise_kl(q: Any, p: Any) -> tuple[Tensor, int]:
     return kl_divergence(q, p), 0
 
 
-class _Replay(Messenger):
+class Replay(Messenger):
     """Give sites the values that another run had; a site that is data already keeps its own."""
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
@@ -237,7 +237,7 @@ class _Detach(Messenger):
             msg["value"] = msg["value"].detach()
 
 
-def _trace(
+def trace(
     program: Program,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
@@ -254,7 +254,7 @@ def _trace(
         if particles > 1:
             stack.enter_context(pyro.plate(PLATE, particles, dim=-1 - nesting))
         program(*args, **kwargs)
-    nodes = [site for site in tracer.trace.nodes.values() if site["type"] == "sample"]
+    nodes: list[Any] = [s for s in tracer.trace.nodes.values() if s["type"] == "sample"]
     sites = {
         site["name"]: site
         for site in nodes
@@ -298,7 +298,7 @@ def run(
     around_guide: list[Any] = [_Detach(scores)] if scores else []
     if batch is not None:
         around_guide.append(Condition(batch, proposing=True))
-    guide_sites, subsamples = _trace(
+    guide_sites, subsamples = trace(
         guide, args, kwargs, [*around_guide, *handlers], num_particles, plan.nesting
     )
     draws = {name: site["value"] for name, site in guide_sites.items()}
@@ -311,8 +311,8 @@ def run(
         }
     conditioned = [Condition(batch, proposed=draws)] if batch is not None else []
     values = {**subsamples, **draws}
-    model_sites, _ = _trace(
-        model, args, kwargs, [_Replay(values), *conditioned], num_particles, plan.nesting
+    model_sites, _ = trace(
+        model, args, kwargs, [Replay(values), *conditioned], num_particles, plan.nesting
     )
     if plan.sites != _names(guide_sites, model_sites):
         raise SitesChanged(
@@ -335,7 +335,7 @@ def run(
     elif len(guide_sites) == 1:
         _fill_guide(particles, _constant_in_place(particles, draws))
     else:
-        rerun = [_Replay(values)]
+        rerun = [Replay(values)]
         _fill_guide(particles, _constant_rerun(particles, guide, args, kwargs, rerun))
     if scores is not None:
         for name, site in guide_sites.items():
@@ -417,7 +417,7 @@ def _constant_rerun(
     constant |= {id(b): b.clone() for b in module.buffers()}  # BatchNorm moves once, not twice
     with swapped(module, constant), poutine.block(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*was not registered in the param store")
-        sites, _ = _trace(
+        sites, _ = trace(
             guide, args, kwargs, handlers, particles.num_particles, particles.plan.nesting
         )
         return {name: particles._density(site) for name, site in sites.items()}
@@ -468,10 +468,10 @@ def make_plan(
     with preserved(model, guide), torch.no_grad(), poutine.block():
         bare, batch = unwrap(model, args)
         conditioned = [Condition(batch, proposing=True)] if batch is not None else []
-        guide_sites, subsamples = _trace(guide, args, kwargs, conditioned)
+        guide_sites, subsamples = trace(guide, args, kwargs, conditioned)
         values = {**subsamples, **{name: site["value"] for name, site in guide_sites.items()}}
         conditioned = [Condition(batch, proposed=values)] if batch is not None else []
-        model_sites, _ = _trace(bare, args, kwargs, [_Replay(values), *conditioned])
+        model_sites, _ = trace(bare, args, kwargs, [Replay(values), *conditioned])
         check_sites(model_sites, guide_sites, batch)
         rows, outside = _rows(model_sites, guide_sites)
         analytic, notes = _analytic(model_sites, guide_sites)
@@ -541,8 +541,8 @@ def check_sites(
         with torch.no_grad():
             if not bool(p["fn"].support.check(q["value"]).all()):
                 raise ValueError(
-                    f"site {name!r}: the guide's {type(_core(q['fn'])).__name__} draws values outside "
-                    f"the support of the model's {type(_core(p['fn'])).__name__}; give both the same "
+                    f"site {name!r}: the guide's {type(core(q['fn'])).__name__} draws values outside "
+                    f"the support of the model's {type(core(p['fn'])).__name__}; give both the same "
                     "support"
                 )
     for source, sites in (("model", model), ("guide", guide)):
@@ -568,7 +568,7 @@ def _check_broadcast(source: str, site: Site) -> None:
             )
 
 
-def _core(fn: Any) -> Any:
+def core(fn: Any) -> Any:
     """The innermost distribution, under Independent, masks and expansions."""
     while isinstance(fn, dist.Independent | MaskedDistribution | dist.ExpandedDistribution):
         fn = fn.base_dist
@@ -588,7 +588,7 @@ def _rows(
     inside = [_frames(site) for site in model.values() if _frames(site) & shared]
     rows = frozenset.intersection(*inside) if inside else frozenset()
     dims = {dim for _, dim in rows}
-    outside = set()
+    outside: set[str] = set()
     for name, site in [*guide.items(), *model.items()]:  # the model has the last word
         here = {dim for _, dim in _frames(site)} if name not in model else None
         local = bool(rows) and (dims <= here if here is not None else rows <= _frames(site))
@@ -630,7 +630,7 @@ def _analytic(
             try:
                 _elementwise_kl(q["fn"], p["fn"])
             except NotImplementedError:
-                names = f"{type(_core(q['fn'])).__name__} and {type(_core(p['fn'])).__name__}"
+                names = f"{type(core(q['fn'])).__name__} and {type(core(p['fn'])).__name__}"
                 why = f"no KL is known for {names}"
             else:
                 analytic.add(name)
@@ -672,7 +672,7 @@ def _drawn_parents(
         return ()
 
     def densities(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        replayed, _ = _trace(model, args, kwargs, [_Replay(values)])
+        replayed, _ = trace(model, args, kwargs, [Replay(values)])
         return {name: elementwise(s["fn"], s["value"])[0] for name, s in replayed.items()}
 
     base, parents = densities(values), []
@@ -704,9 +704,9 @@ def _score_blockers(guide: Program, sites: Mapping[str, Site]) -> dict[str, str]
             try:
                 site["fn"].log_prob(site["value"].clone())
             except (KeyError, NotImplementedError, RuntimeError):
-                blockers[name] = f"its {type(_core(site['fn'])).__name__} has no inverse"
+                blockers[name] = f"its {type(core(site['fn'])).__name__} has no inverse"
     if len(sites) > 1:
-        module, last = owner(guide), next(reversed(sites))
+        module, last = owner(guide), list(sites)[-1]
         if module is None:
             blockers[last] = "a guide of several sites must be a module (or a module's method)"
         else:

@@ -19,7 +19,8 @@ def elbo(
 ) -> Objective:
     """Evidence lower bound, E_q[log p(x, z) - log q(z | x)] (Kingma & Welling 2014).
 
-    ``estimator="stl"`` drops the score of q (Roeder et al. 2017), ``"score"`` trains discrete sites.
+    ``estimator="stl"`` drops the score of q (Roeder et al. 2017), ``"score"`` trains discrete
+    sites.
     """
     return Objective(Elbo(), estimator, num_particles=num_particles, **parts)
 
@@ -27,7 +28,7 @@ def elbo(
 def mean_field(
     num_particles: int = 1, estimator: str | Estimator = "pathwise", **parts: Any
 ) -> Objective:
-    """Evidence lower bound with the KL in closed form wherever one is known (Kingma & Welling 2014)."""
+    """Evidence lower bound, its KL in closed form wherever one is known (Kingma & Welling 2014)."""
     return Objective(Elbo(), estimator, Analytic(), num_particles=num_particles, **parts)
 
 

@@ -17,7 +17,7 @@ Schedule = Callable[[Tensor], Tensor]
 
 
 def linear(steps: int, start: float = 0.0, end: float = 1.0) -> Schedule:
-    """From ``start`` to ``end`` over ``steps`` steps, then constant. KL warm-up is ``linear(n)``."""
+    """From ``start`` to ``end`` over ``steps`` steps, then constant; ``linear(n)`` is KL warm-up."""
     if steps <= 0:
         raise ValueError(f"linear: came steps={steps}, wanted a positive number")
 

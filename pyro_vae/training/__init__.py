@@ -1,1 +1,1 @@
-"""The training loop and what a run leaves."""
+"""The visible training loop, what a run leaves, and grids of runs."""

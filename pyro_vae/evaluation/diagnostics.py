@@ -1,0 +1,56 @@
+"""How far importance weights can be trusted."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["khat_threshold", "pareto_khat", "tail_length"]
+
+
+def tail_length(num_particles: int) -> int:
+    """Number of largest weights in the Pareto fit: min(K / 5, 3 sqrt(K)), rounded up."""
+    return math.ceil(min(num_particles / 5, 3 * math.sqrt(num_particles)))
+
+
+def khat_threshold(num_particles: int) -> float:
+    """k-hat above which K weights do not suffice: min(1 - 1 / log10 K, 0.7) (Vehtari et al. 2024)."""
+    if num_particles <= 1:
+        return 0.0
+    return min(1 - 1 / math.log10(num_particles), 0.7)
+
+
+def pareto_khat(largest: Tensor) -> Tensor:
+    """Shape of a generalized Pareto distribution fitted to the largest importance weights.
+
+    The estimator of Zhang & Stephens (2009) with the weak prior of PSIS (Vehtari et al. 2024).
+
+    Args:
+        largest: ``[M + 1, B]`` log weights, the ``M = tail_length(K)`` largest of K and the next one,
+            which is the cut-off; in any order.
+
+    Returns:
+        ``[B]``; ``inf`` where fewer than 5 weights exceed the cut-off, -inf where all are equal.
+    """
+    log_w = largest.double().sort(0).values
+    log_w = log_w - log_w[-1]
+    equal = log_w[0] == 0
+    tail = (log_w[1:].exp() - log_w[0].exp()).clamp(min=0)  # [M, B], ascending
+    n = len(tail)
+    if n < 5:
+        return torch.where(equal, -torch.inf, torch.inf)
+    tail = tail.clamp(min=torch.finfo(torch.float64).tiny)
+    grid = torch.arange(1, 31 + int(n**0.5), dtype=torch.float64, device=tail.device)
+    quartile = tail[int(n / 4 + 0.5) - 1]
+    b = (1 - torch.sqrt(len(grid) / (grid - 0.5)))[:, None] / (3 * quartile) + 1 / tail[-1]  # [G, B]
+    k = torch.stack([torch.log1p(-row * tail).mean(0) for row in b])  # [G, B], no [G, M, B] tensor
+    profile = n * (torch.log(-b / k) - k - 1)
+    weights = torch.softmax(profile, 0)
+    weights = torch.where(weights >= 10 * torch.finfo(torch.float64).eps, weights, 0.0)
+    b_mean = (weights / weights.sum(0) * b).sum(0)
+    khat = torch.log1p(-b_mean * tail).mean(0)
+    khat = (n * khat + 10 * 0.5) / (n + 10)
+    few = (log_w[1:] > log_w[0]).sum(0) < 5
+    return torch.where(equal, -torch.inf, torch.where(few, torch.inf, khat))

@@ -1,0 +1,301 @@
+"""The same quantities for every model, whatever it was trained on: numbers with standard errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_vae.batch import Batch, take
+from pyro_vae.evaluation.diagnostics import khat_threshold, pareto_khat, tail_length
+from pyro_vae.evaluation.latent import LatentTable, active_units
+from pyro_vae.evaluation.proposals import Proposal, candidates
+from pyro_vae.objectives.particles import Plan, core, make_plan, run
+from pyro_vae.objectives.swap import owner
+
+__all__ = ["Difference", "Evaluation", "evaluate", "mean_and_error"]
+
+Program = Callable[..., Any]
+CELLS = 2_000_000  # entries of the data times particles held at a time
+PILOT_ROWS, PILOT_PARTICLES, ELBO_PARTICLES = 64, 200, 64
+
+
+def mean_and_error(rows: Tensor) -> tuple[float, float]:
+    """Mean over rows and its standard error."""
+    rows = rows.double()
+    error = rows.std() / math.sqrt(len(rows)) if len(rows) > 1 else torch.tensor(math.nan)
+    return float(rows.mean()), float(error)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of row-wise differences (nats) and its standard error."""
+
+    mean: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} ± {self.error:.3f}"
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation:
+    """Held-out quantities of a pair, row by row (nats), each with its standard error over rows.
+
+    Attributes:
+        log_p: ``[N]`` importance-sampled lower bound on log p(x) with K particles.
+        log_p_tenth: ``[N]`` the same with the first K / 10: what is left of the bound's slack shows
+            in the difference.
+        elbo: ``[N]`` ELBO at beta = 1.
+        ess: ``[N]`` effective sample size of the K weights.
+        khat: ``[N]`` Pareto k-hat of the weights.
+        rate: site -> ``[*dims]`` mean rate.
+        active: site -> bool ``[*event]``, Var_x(E_q[z]) > 0.01.
+        num_particles: K.
+        proposals: what the importance sampling drew from, chosen on other rows.
+        seed: of the evaluation.
+    """
+
+    log_p: Tensor
+    log_p_tenth: Tensor
+    elbo: Tensor
+    ess: Tensor
+    khat: Tensor
+    rate: dict[str, Tensor]
+    active: dict[str, Tensor]
+    num_particles: int
+    proposals: tuple[str, ...]
+    seed: int
+    notes: tuple[str, ...] = field(default=())
+
+    def versus(self, other: Evaluation, quantity: str = "log_p") -> Difference:
+        """This minus the other, paired by row.
+
+        Raises:
+            ValueError: the two were evaluated on different numbers of rows.
+        """
+        mine, theirs = getattr(self, quantity), getattr(other, quantity)
+        if len(mine) != len(theirs):
+            raise ValueError(
+                f"versus: came {len(theirs)} rows, wanted the same {len(mine)} rows for both"
+            )
+        return Difference(*mean_and_error(mine - theirs))
+
+    def summary(self) -> dict[str, Any]:
+        """Plain numbers: means, standard errors, and how far they can be trusted."""
+        out: dict[str, Any] = {"rows": len(self.log_p), "num_particles": self.num_particles}
+        for name in ("log_p", "log_p_tenth", "elbo"):
+            out[name], out[f"{name}_se"] = mean_and_error(getattr(self, name))
+        out["ess_median"] = float(self.ess.median())
+        out["khat_median"] = float(self.khat.median())
+        out["khat_threshold"] = khat_threshold(self.num_particles)
+        out["khat_bad_share"] = float((self.khat > out["khat_threshold"]).double().mean())
+        out["rate"] = {site: float(rate.sum()) for site, rate in self.rate.items()}
+        out["rate_per_dim"] = {site: rate.tolist() for site, rate in self.rate.items()}
+        out["active_units"] = {site: int(units.sum()) for site, units in self.active.items()}
+        out["latent_dims"] = {site: units.numel() for site, units in self.active.items()}
+        return out | {"proposals": list(self.proposals), "seed": self.seed}
+
+    def __str__(self) -> str:
+        s = self.summary()
+        lines = [
+            f"log p(x) >= {s['log_p']:.3f} ± {s['log_p_se']:.3f} nats  (K = {s['num_particles']}, "
+            f"{s['rows']} rows, {', '.join(self.proposals)}, seed {self.seed})",
+            f"         >= {s['log_p_tenth']:.3f} ± {s['log_p_tenth_se']:.3f}  (K / 10)",
+            f"ELBO        {s['elbo']:.3f} ± {s['elbo_se']:.3f}",
+            f"ESS median {s['ess_median']:.1f}, k-hat median {s['khat_median']:.2f}, "
+            f"above {s['khat_threshold']:.2f} in {s['khat_bad_share']:.0%} of rows",
+        ]
+        for site, rate in s["rate"].items():
+            units = (
+                f", active units {s['active_units'][site]} of {s['latent_dims'][site]}"
+                if site in s["active_units"]
+                else ""
+            )
+            lines.append(f"rate of {site}: {rate:.3f} nats{units}")
+        return "\n".join([*lines, *self.notes])
+
+    __repr__ = __str__
+
+
+def evaluate(
+    model: Program,
+    guide: Program,
+    data: Batch | Tensor,
+    num_particles: int = 500,
+    *,
+    widen: bool = True,
+    batch_size: int = 250,
+    chunk: int | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """Judge a pair on held-out rows; memory does not grow with ``num_particles``.
+
+    Importance sampling gives a lower bound whose slack depends on the guide, so its proposal is
+    widened: each half of the rows takes the widening that gives the other half's pilot rows the
+    highest bound.
+
+    Args:
+        data: held-out rows, as the programs take them.
+        num_particles: K.
+        widen: False draws from the guide as it is.
+        batch_size: rows at a time.
+        chunk: particles at a time (default: by the size of a row).
+        seed: of all draws; the global random state is left as it was.
+
+    Raises:
+        ValueError: no rows, a latent outside the plate over rows, a posterior that is a point mass
+            (its importance weights mean nothing; report its own bound).
+    """
+    if num_particles < 1 or batch_size < 1:
+        raise ValueError(
+            f"evaluate: came num_particles={num_particles}, batch_size={batch_size}, wanted >= 1"
+        )
+    if len(data) == 0:
+        raise ValueError("evaluate: came a data set without rows")
+    with _judging(model, guide, seed):
+        args = (take(data, slice(0, 2)),)
+        plan = make_plan(model, guide, args, {})
+        _admit(plan, model, guide, args)
+        per_row = _entries(data)
+        chunk = chunk or max(1, CELLS // (per_row * min(batch_size, len(data))))
+        options = _options(model, guide, args, plan) if widen else (Proposal(),)
+        table = LatentTable()
+        halves = [torch.arange(start, len(data), 2) for start in range(min(2, len(data)))]
+        chosen = [
+            _choose(options, model, guide, data, plan, other, per_row) for other in reversed(halves)
+        ]
+        columns: list[tuple[Tensor, ...]] = []
+        for half, proposal in zip(halves, chosen, strict=True):
+            for rows in half.split(batch_size):
+                args = (take(data, rows),)
+                table.add(model, guide, args, plan, min(num_particles, ELBO_PARTICLES, chunk))
+                columns.append(_stream(proposal, model, guide, args, plan, num_particles, chunk))
+        back = torch.cat(halves).argsort()
+
+        def in_order(parts: list[Tensor]) -> Tensor:
+            return torch.cat(parts)[back.to(parts[0].device)].cpu()
+
+        log_p, tenth, ess, khat = (in_order(list(column)) for column in zip(*columns, strict=True))
+        return Evaluation(
+            log_p=log_p,
+            log_p_tenth=tenth,
+            elbo=in_order(table.elbo),
+            ess=ess,
+            khat=khat,
+            rate={site: torch.cat(parts).mean(0).cpu() for site, parts in table.rate.items()},
+            active={
+                site: active_units(torch.cat(parts)).cpu() for site, parts in table.mean.items()
+            },
+            num_particles=num_particles,
+            proposals=tuple(dict.fromkeys(map(str, chosen))),
+            seed=seed,
+            notes=plan.notes,
+        )
+
+
+@contextmanager
+def _judging(model: Program, guide: Program, seed: int) -> Iterator[None]:
+    """Evaluation mode, no gradient, a seed of its own; everything restored on exit."""
+    modules = [m for program in (model, guide) if (m := owner(program)) is not None]
+    training = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(), pyro.validation_enabled(False):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        for part, mode in training:
+            part.training = mode
+
+
+def _admit(plan: Plan, model: Program, guide: Program, args: tuple[Any, ...]) -> None:
+    if not plan.rows or plan.outside:
+        raise ValueError(
+            f"evaluate: sites {sorted(plan.outside)} lie outside the plate over rows, so log p of a "
+            "row is not defined; put every site into that plate"
+        )
+    table = run(model, guide, args, {}, plan, 1)
+    auxiliary = any(site["infer"].get("is_auxiliary") for site in table.guide.values())
+    for name, site in table.guide.items():
+        if isinstance(core(site["fn"]), dist.Delta) and not auxiliary:
+            raise ValueError(
+                f"evaluate: site {name!r} has a point mass as posterior, whose importance weights "
+                "mean nothing; report its own bound"
+            )
+
+
+def _options(
+    model: Program, guide: Program, args: tuple[Any, ...], plan: Plan
+) -> tuple[Proposal, ...]:
+    table = run(model, guide, args, {}, plan, 1)
+    return candidates(table.guide, table.model)
+
+
+def _entries(data: Batch | Tensor) -> int:
+    """Numbers in a row of the data."""
+    tensors = [data[site] for site in data] if isinstance(data, Batch) else [data]
+    return max(1, sum(tensor[0].numel() for tensor in tensors))
+
+
+def _choose(
+    options: tuple[Proposal, ...],
+    model: Program,
+    guide: Program,
+    data: Batch | Tensor,
+    plan: Plan,
+    rows: Tensor,
+    per_row: int,
+) -> Proposal:
+    """The proposal with the highest bound on pilot rows."""
+    if len(options) == 1 or len(data) < 2:
+        return options[0]
+    rows = rows[:: max(1, len(rows) // PILOT_ROWS)][:PILOT_ROWS]
+    args = (take(data, rows),)
+    chunk = max(1, CELLS // (per_row * len(rows)))
+
+    def bound(proposal: Proposal) -> float:
+        log_p = _stream(proposal, model, guide, args, plan, PILOT_PARTICLES, chunk)[0]
+        return float(log_p.mean())
+
+    return max(options, key=bound)
+
+
+def _stream(
+    proposal: Proposal,
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    plan: Plan,
+    num_particles: int,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log p at K and at K / 10, effective sample size and k-hat, ``[B]`` each, at constant memory."""
+    tenth = max(1, num_particles // 10)
+    keep = tail_length(num_particles) + 1
+    total = squares = at_tenth = largest = None
+    done = 0
+    while done < num_particles:
+        stop = tenth if done < tenth else num_particles
+        size = min(chunk, stop - done)
+        log_w = proposal.log_weights(model, guide, args, plan, size).double()
+        done += size
+        sums, twice = torch.logsumexp(log_w, 0), torch.logsumexp(2 * log_w, 0)
+        total = sums if total is None else torch.logaddexp(total, sums)
+        squares = twice if squares is None else torch.logaddexp(squares, twice)
+        largest = log_w if largest is None else torch.cat([largest, log_w])
+        largest = largest.topk(min(keep, len(largest)), 0).values
+        if done == tenth:
+            at_tenth = total - math.log(tenth)
+    assert total is not None and squares is not None and at_tenth is not None
+    assert largest is not None
+    ess = torch.exp(2 * total - squares)
+    return total - math.log(num_particles), at_tenth, ess, pareto_khat(largest)

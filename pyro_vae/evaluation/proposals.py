@@ -1,0 +1,129 @@
+"""Proposals for importance sampling: the guide, made wider so that its tails cover the posterior."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_vae.batch import Batch, Condition
+from pyro_vae.objectives.particles import Particles, Plan, Replay, core, run, trace, unwrap
+
+__all__ = ["Proposal", "candidates"]
+
+Program = Callable[..., Any]
+SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)
+SHARES = (0.0, 0.05, 0.2, 0.5)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A guide with its Gaussians' scales multiplied, or mixed with the model's prior.
+
+    Any choice gives a lower bound on log p(x) in expectation.
+
+    Attributes:
+        scale: factor on the scale of the guide's Gaussian sites.
+        prior_share: share of the particles drawn from the prior (a defensive mixture, whose density
+            is that of the whole mixture).
+    """
+
+    scale: float = 1.0
+    prior_share: float = 0.0
+
+    def log_weights(
+        self, model: Program, guide: Program, args: tuple[Any, ...], plan: Plan, size: int
+    ) -> Tensor:
+        """log p(x, z) - log q(z) of ``size`` particles, ``[K, B]``."""
+        from_prior = round(self.prior_share * size)
+        share = from_prior / size
+        parts = []
+        if size > from_prior:
+            widen = [_Widen(self.scale)] if self.scale != 1.0 else []
+            parts.append(run(model, guide, args, {}, plan, size - from_prior, handlers=widen))
+        if from_prior:
+            latents = _prior_draws(model, args, plan, from_prior)
+            parts.append(run(model, guide, args, {}, plan, from_prior, handlers=[Replay(latents)]))
+        return torch.cat([_log_w(particles, share) for particles in parts])
+
+    def __str__(self) -> str:
+        if self.prior_share:
+            return f"mixed with {self.prior_share:.0%} prior"
+        return f"widened x{self.scale:g}" if self.scale != 1.0 else "not widened"
+
+
+def candidates(
+    guide_sites: Mapping[str, Any], model_sites: Mapping[str, Any]
+) -> tuple[Proposal, ...]:
+    """The proposals that make sense for a pair, the guide itself first."""
+    if any(widened(site["fn"], 2.0) is not None for site in guide_sites.values()):
+        return tuple(Proposal(scale=scale) for scale in SCALES)
+    plain = all(
+        name in model_sites and site["infer"].get("observed") is None
+        for name, site in guide_sites.items()
+    )
+    if plain and not any(isinstance(core(s["fn"]), dist.Delta) for s in guide_sites.values()):
+        return tuple(Proposal(prior_share=share) for share in SHARES)
+    return (Proposal(),)
+
+
+def widened(fn: Any, scale: float) -> Any:
+    """``fn`` with its Gaussian scale multiplied, or None if it has none."""
+    if isinstance(fn, dist.Independent):
+        base = widened(fn.base_dist, scale)
+        return None if base is None else base.to_event(fn.reinterpreted_batch_ndims)
+    if isinstance(fn, MaskedDistribution):
+        base = widened(fn.base_dist, scale)
+        return None if base is None else base.mask(fn._mask)
+    if isinstance(fn, dist.TransformedDistribution):
+        base = widened(fn.base_dist, scale)
+        return None if base is None else dist.TransformedDistribution(base, fn.transforms)
+    if isinstance(fn, dist.Normal):
+        return dist.Normal(fn.loc, fn.scale * scale)
+    if isinstance(fn, dist.MultivariateNormal):
+        return dist.MultivariateNormal(fn.loc, scale_tril=fn.scale_tril * scale)
+    return None
+
+
+class _Widen(Messenger):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["done"] and isinstance(msg["fn"], dist.Distribution):
+            fn = widened(msg["fn"], self.scale)
+            if fn is not None:
+                msg["fn"] = fn
+
+
+def _prior_draws(
+    model: Program, args: tuple[Any, ...], plan: Plan, size: int
+) -> dict[str, Tensor]:
+    """The guide's latents, drawn from the model given the data's place but not its values."""
+    bare, batch = unwrap(model, args)
+    latents = {name for name, _ in plan.sites[0]}
+    conditioned = [Condition(batch, proposed=latents)] if isinstance(batch, Batch) else []
+    sites, _ = trace(bare, args, {}, conditioned, size, plan.nesting)
+    return {name: sites[name]["value"] for name in latents}
+
+
+def _log_w(particles: Particles, share: float) -> Tensor:
+    likelihood, prior, posterior = (
+        particles.total(terms)
+        for terms in (particles.likelihood, particles.prior, particles.posterior)
+    )
+    assert likelihood is not None
+    if prior is None or posterior is None:  # nothing is latent, or all of it is drawn from the model
+        return likelihood - (posterior if posterior is not None else 0.0)
+    if share == 0:
+        return likelihood + prior - posterior
+    mixture = torch.logaddexp(posterior + math.log1p(-share), prior + math.log(share))
+    return likelihood + prior - mixture

@@ -1,0 +1,186 @@
+"""Ready pairs of model and guide, built for given data.
+
+A pair builder is any ``build(batch, **options) -> (model, guide)``. It looks at the batch (training
+rows) for shapes, for the kind of values, and for where the outputs should start, and keeps
+nothing: whatever it read off the data is in the modules' ``state_dict``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.batch import Batch
+from pyro_vae.conditionals.discrete import Bernoulli, Binomial, Categorical, ContinuousBernoulli
+from pyro_vae.conditionals.gaussian import DiagonalGaussian, Gaussian, StandardNormal
+from pyro_vae.conditionals.marginal import mean, spread
+from pyro_vae.guides.amortized import AmortizedGuide
+from pyro_vae.models.latent import LatentVariableModel
+from pyro_vae.nn.affine import Affine, OneHot
+from pyro_vae.nn.mlp import dense
+
+__all__ = ["inputs_for", "likelihood_for", "vae"]
+
+FEW_CLASSES = 16
+
+Part = nn.Module | Callable[..., nn.Module]
+"""A ready conditional; or a class of them, or a function, that makes one."""
+
+
+class Architecture(Protocol):
+    """Makes a network ``[..., *inputs] -> [..., *outputs]``: ``dense``, ``convolutional``, ..."""
+
+    def __call__(
+        self,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        hidden: Sequence[int],
+        activation: Callable[[], nn.Module],
+        /,
+    ) -> nn.Module: ...
+
+
+def vae(
+    batch: Batch,
+    latent: int = 8,
+    hidden: Sequence[int] = (200, 200),
+    likelihood: Part | None = None,
+    prior: Part | None = None,
+    posterior: Part | None = None,
+    net: Architecture = dense,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+    site: str = "x",
+) -> tuple[LatentVariableModel, AmortizedGuide]:
+    """A variational autoencoder (Kingma and Welling 2014, arXiv:1312.6114) for one site.
+
+    Args:
+        batch: training rows, on the device where the pair is to live.
+        latent: dimensions of z.
+        hidden: widths of the encoder's layers, or channels of its stages; the decoder has them in
+            reverse.
+        likelihood: p(x | z): a conditional's class (``Binomial``), which is built for the data; a
+            function ``(network, event_shape, data) -> conditional``, such as
+            ``partial(Binomial.build, total_count=20)``; a ready conditional with parent z; or None,
+            for what ``likelihood_for`` finds.
+        prior: p(z): a ready conditional without parents, or a function ``latent -> conditional``.
+            Default: ``StandardNormal``.
+        posterior: q(z | x): as for the likelihood, with ``data=None``. A ready conditional gets x
+            as it is in the batch. Default: ``DiagonalGaussian``.
+        net: makes a network between two shapes: ``dense``, ``dense_resnet``, and for images
+            ``convolutional``, ``conv_resnet``.
+        activation: makes the nonlinearity.
+        site: name of x.
+
+    Raises:
+        ValueError: the site is missing or has no observed entry, or the likelihood does not take
+            its values.
+    """
+    data = _observed(batch, site)
+    event_shape = data.shape[1:]
+
+    def decoder(outputs: Sequence[int]) -> nn.Module:
+        return net((latent,), outputs, hidden[::-1], activation)
+
+    chosen = likelihood_for(batch, site) if likelihood is None else likelihood
+    p = _built(chosen, decoder, event_shape, data)
+    inputs, input_shape = inputs_for(batch, site, p)
+
+    def encoder(outputs: Sequence[int]) -> nn.Module:
+        return nn.Sequential(inputs, net(input_shape, outputs, hidden, activation))
+
+    q = _built(DiagonalGaussian if posterior is None else posterior, encoder, (latent,), None)
+    if not isinstance(prior, nn.Module):
+        prior = (prior or StandardNormal)(latent)
+    model = LatentVariableModel(prior, p, site=site).to(batch.device)
+    guide = AmortizedGuide(q, site=site).to(batch.device)
+    _check_support(batch, site, p, torch.zeros(1, latent, device=batch.device), data)
+    return model, guide
+
+
+def likelihood_for(batch: Batch, site: str = "x") -> type[nn.Module]:
+    """The likelihood class for the observed values of a site.
+
+    =============================================================  =====================
+    values                                                         class
+    =============================================================  =====================
+    0 or 1                                                         Bernoulli
+    whole numbers below 16, in ``int64`` numbers or vectors         Categorical
+    whole numbers from 0 to 255, of any other type or shape        Binomial
+    within [0, 1]                                                  ContinuousBernoulli
+    any other                                                      Gaussian
+    =============================================================  =====================
+    """
+    data = _observed(batch, site)
+    labels = batch[site].dtype == torch.int64 and data.dim() <= 2
+    labels = labels and Categorical.takes(data) and bool(data.nan_to_num().max() < FEW_CLASSES)
+    if labels and not Bernoulli.takes(data):
+        return Categorical
+    kinds = (Bernoulli, Binomial, ContinuousBernoulli)
+    return next((kind for kind in kinds if kind.takes(data)), Gaussian)
+
+
+def inputs_for(batch: Batch, site: str, likelihood: nn.Module) -> tuple[nn.Module, tuple[int, ...]]:
+    """A fixed module from a site's values to network inputs of order 1, and their shape.
+
+    Classes become indicators ``[C, *event]``; counts and values in [0, 1] are divided by their
+    maximum; other values are standardised entry by entry.
+    """
+    data = _observed(batch, site)
+    event_shape = tuple(data.shape[1:])
+    if isinstance(likelihood, Categorical):
+        return OneHot(likelihood.classes, len(event_shape)), (likelihood.classes, *event_shape)
+    if Binomial.takes(data) or ContinuousBernoulli.takes(data):
+        top = float(data.nan_to_num().max())
+        return Affine(scale=1 / top if top > 0 else 1.0), event_shape
+    scale = spread(data)
+    return Affine(-mean(data) / scale, 1 / scale), event_shape
+
+
+def _built(
+    part: Part,
+    network: Callable[[Sequence[int]], nn.Module],
+    event_shape: Sequence[int],
+    data: Tensor | None,
+) -> nn.Module:
+    """A ready conditional as it is, else what its builder makes."""
+    if isinstance(part, nn.Module):
+        return part
+    conditional: nn.Module = getattr(part, "build", part)(network, event_shape, data)
+    return conditional
+
+
+def _observed(batch: Batch, site: str) -> Tensor:
+    """Values ``[N, *event]`` of a site in torch's default dtype, NaN where missing."""
+    if site not in batch:
+        raise ValueError(f"site {site!r} is not in the batch, which has {list(batch.sites)}")
+    data = batch[site].to(torch.get_default_dtype())
+    if site in batch.incomplete:
+        data = data.masked_fill(~batch.mask(site), torch.nan)
+    if bool(data.isnan().all()):
+        raise ValueError(f"site {site!r}: the batch has no observed entry ({batch.size} rows)")
+    return data
+
+
+@torch.no_grad()
+def _check_support(batch: Batch, site: str, likelihood: nn.Module, z: Tensor, data: Tensor) -> None:
+    """Score nothing that the likelihood gives no density, such as grey pixels under a Bernoulli."""
+    training = likelihood.training
+    fn = likelihood.eval()(z)
+    likelihood.train(training)
+    name = type(likelihood).__name__
+    if fn.event_shape != data.shape[1:]:
+        raise ValueError(
+            f"site {site!r}: data have event shape {list(data.shape[1:])}, "
+            f"{name} has {list(fn.event_shape)}"
+        )
+    inside = fn.support.check(batch[site])
+    if not bool(inside.all()):
+        kinds = (Bernoulli, Binomial, Categorical, ContinuousBernoulli)
+        others = [kind.__name__ for kind in kinds if kind.takes(data)]
+        raise ValueError(
+            f"site {site!r}: {name} does not take these data (row {int((~inside).nonzero()[0, 0])} "
+            f"is outside its support); {' and '.join([*others, 'Gaussian'])} would"
+        )

@@ -1,0 +1,79 @@
+"""Everything a training run carries from step to step, as one flat file without code in it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["pack", "read_tensors", "replacing", "unpack", "write_tensors"]
+
+
+def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
+    """A nested state dict as JSON, its tensors moved to ``tensors`` under their path."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().contiguous()
+        return {"tensor": path}
+    if isinstance(value, Mapping):
+        items = [[key, pack(item, tensors, f"{path}/{key}")] for key, item in value.items()]
+        return {"dict": items}
+    if isinstance(value, list | tuple):
+        return {"list": [pack(item, tensors, f"{path}/{i}") for i, item in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(f"{path}: can't be saved without pickling: {type(value).__name__}")
+
+
+def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of ``pack``; tuples come back as lists."""
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "list" in value:
+        return [unpack(item, tensors) for item in value["list"]]
+    return {key: unpack(item, tensors) for key, item in value["dict"]}
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``, renamed to it when the body is done: no half-written file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Any = None) -> None:
+    """Tensors and a JSON value, in one safetensors file, atomically."""
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(copies, temporary, metadata={"meta": json.dumps(meta)})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """What ``write_tensors`` wrote.
+
+    Raises:
+        ValueError: the file is missing, cut off or no safetensors file.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, json.loads((file.metadata() or {}).get("meta", "null"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None

@@ -1,0 +1,236 @@
+"""Pairs: parts chosen for the data, all trained, any part replaced."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from torch import nn
+
+from pyro_vae.batch import Batch, Observed
+from pyro_vae.conditionals import (
+    Bernoulli,
+    Binomial,
+    Categorical,
+    ContinuousBernoulli,
+    DiagonalGaussian,
+    Gaussian,
+    OptimalSigma,
+    StandardNormal,
+)
+from pyro_vae.nn import conv_resnet, convolutional, dense_resnet, mlp
+from pyro_vae.pairs import likelihood_for, vae
+
+
+def binary(n=40):
+    return torch.randint(2, (n, 8, 8)).to(torch.float64)
+
+
+def levels(n=40):
+    return torch.randint(17, (n, 8, 8)).to(torch.float64)
+
+
+def real(n=40):
+    return 1e3 * torch.randn(n, 6) * torch.tensor([1e-3, 1.0, 1.0, 1.0, 1.0, 1e3])
+
+
+DATA = {
+    "binary images": (binary, Bernoulli),
+    "binary bools": (lambda: binary().bool(), Bernoulli),
+    "binary bytes": (lambda: binary().to(torch.uint8), Bernoulli),
+    "binary int64": (lambda: binary()[:, 0].long(), Bernoulli),
+    "digits": (levels, Binomial),
+    "byte images": (lambda: torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8), Binomial),
+    "int64 images": (lambda: levels().long(), Binomial),
+    "unit interval": (lambda: levels() / 16, ContinuousBernoulli),
+    "real vectors": (real, Gaussian),
+    "real numbers": (lambda: torch.randn(40), Gaussian),
+    "real images": (lambda: torch.randn(40, 3, 5, 4), Gaussian),
+    "whole numbers beyond bytes": (lambda: 300 * levels(), Gaussian),
+    "labels": (lambda: torch.randint(5, (40, 6)), Categorical),
+    "one label": (lambda: torch.randint(5, (40,)), Categorical),
+}
+
+
+def elbo_gradients(model, guide, batch):
+    Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1).differentiable_loss(
+        Observed(model), guide, batch
+    ).backward()
+    parameters = [*model.named_parameters(), *guide.named_parameters()]
+    return {name: parameter.grad for name, parameter in parameters}
+
+
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("name", list(DATA))
+def test_likelihood_fits_the_data_and_every_parameter_is_trained(name, missing):
+    make, wanted = DATA[name]
+    x = make()
+    observed = {"x": torch.rand(x.shape) < 0.7} if missing else None
+    batch = Batch({"x": x}, observed=observed)
+    assert likelihood_for(batch) is wanted
+    model, guide = vae(batch, latent=3, hidden=(16, 12), activation=nn.Tanh)
+    assert type(model.likelihood) is wanted
+    for parameter, grad in elbo_gradients(model, guide, batch).items():
+        assert grad is not None, parameter
+        assert grad.isfinite().all(), parameter
+        assert grad.abs().sum() > 0, parameter
+    assert model(Batch(size=4)).shape == (4, *x.shape[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtype_of_data_and_of_weights_may_differ(dtype):
+    torch.set_default_dtype(torch.float32)
+    batch = Batch({"x": levels().to(dtype)})
+    model, guide = vae(batch, latent=3, hidden=(16,))
+    assert {p.dtype for p in [*model.parameters(), *guide.parameters()]} == {torch.float32}
+    assert all(grad.isfinite().all() for grad in elbo_gradients(model, guide, batch).values())
+
+
+@pytest.mark.parametrize("net", [convolutional, conv_resnet, dense_resnet])
+@pytest.mark.parametrize("name", ["binary images", "byte images", "unit interval", "real images"])
+def test_networks_are_an_argument(net, name):
+    batch = Batch({"x": DATA[name][0]()})
+    model, guide = vae(batch, latent=3, hidden=(5, 4), net=net)
+    gradients = elbo_gradients(model, guide, batch)
+    assert all(grad is not None and grad.isfinite().all() for grad in gradients.values())
+
+
+def test_images_of_classes_go_through_convolutions():
+    batch = Batch({"x": torch.randint(4, (40, 8, 7))})
+    model, guide = vae(batch, latent=3, hidden=(5,), net=convolutional, likelihood=Categorical)
+    assert elbo_gradients(model, guide, batch)
+    assert model(Batch(size=2)).shape == (2, 8, 7)
+
+
+def test_decoder_has_the_widths_in_reverse():
+    model, guide = vae(Batch({"x": binary()}), latent=3, hidden=(16, 12))
+    shapes = [tuple(p.shape) for p in model.parameters() if p.dim() == 2]
+    assert shapes == [(12, 3), (16, 12), (64, 16)]
+    shapes = [tuple(p.shape) for p in guide.parameters() if p.dim() == 2]
+    assert shapes == [(16, 64), (12, 16), (6, 12)]
+
+
+def test_parts_can_be_a_class_a_function_or_ready():
+    batch = Batch({"x": levels()[:, 0]})
+    for likelihood, kind in (
+        (Gaussian, Gaussian),
+        (partial(Gaussian.build, shared=True), Gaussian),
+        (OptimalSigma, OptimalSigma),
+        (partial(Binomial.build, total_count=20), Binomial),
+        (Binomial(mlp((3, 8)), (8,), 16), Binomial),
+    ):
+        model, guide = vae(batch, latent=3, hidden=(5,), likelihood=likelihood)
+        assert type(model.likelihood) is kind
+        assert elbo_gradients(model, guide, batch)
+    posterior = DiagonalGaussian(mlp((8, 6)), (3,))
+    prior = StandardNormal(3)
+    model, guide = vae(batch, latent=3, posterior=posterior, prior=prior)
+    assert guide.posterior is posterior
+    assert model.prior is prior
+    assert vae(batch, latent=3, prior=StandardNormal)[0].prior().event_shape == (3,)
+
+
+def test_site_is_an_argument():
+    batch = Batch({"image": binary(), "y": torch.arange(40)})
+    model, guide = vae(batch, latent=3, hidden=(5,), site="image")
+    assert elbo_gradients(model, guide, batch.without("y"))
+
+
+@pytest.mark.parametrize(
+    ("x", "likelihood", "match"),
+    [
+        (levels() / 16, Bernoulli, "Bernoulli .* ContinuousBernoulli and Gaussian would"),
+        (levels(), Bernoulli, "Bernoulli .* Binomial and Categorical and Gaussian would"),
+        (levels(), ContinuousBernoulli, "Binomial and Categorical and Gaussian would"),
+        (torch.randn(40, 4), Bernoulli, "Bernoulli .* Gaussian would"),
+        (torch.randn(40, 4), Categorical, "whole numbers"),
+        (levels(), partial(Binomial.build, total_count=10), "Binomial does not take"),
+        (levels()[:, 0], Bernoulli(mlp((8, 8)), (8,)), "Bernoulli does not take"),
+        (levels()[:, 0], Binomial(mlp((8, 1)), (1,), 16), r"event shape \[8\].* has \[1\]"),
+    ],
+)
+def test_likelihood_that_does_not_take_the_data_is_refused(x, likelihood, match):
+    batch = Batch({"x": x})
+    for validation in (True, False):
+        with pyro.validation_enabled(validation), pytest.raises(ValueError, match=match):
+            vae(batch, likelihood=likelihood)
+
+
+def test_one_bad_pixel_is_found():
+    x = binary()
+    x[17, 3, 3] = 0.5
+    with pytest.raises(ValueError, match=r"row 17 is outside its support"):
+        vae(Batch({"x": x}), likelihood=Bernoulli)
+
+
+def test_missing_site_and_empty_batches_are_named():
+    with pytest.raises(ValueError, match=r"site 'x' is not in the batch, which has \['y'\]"):
+        vae(Batch({"y": binary()}))
+    with pytest.raises(ValueError, match="no observed entry"):
+        vae(Batch({"x": torch.empty(0, 5)}))
+    with pytest.raises(ValueError, match="no observed entry"):
+        vae(Batch({"x": torch.full((4, 5), torch.nan)}))
+
+
+@pytest.mark.parametrize("name", list(DATA))
+def test_state_of_a_pair_rebuilds_it(name):
+    batch = Batch({"x": DATA[name][0]()})
+    pairs = [vae(batch, latent=3, hidden=(6,)) for _ in range(2)]
+    for old, new in zip(*pairs, strict=True):
+        state = old.state_dict()
+        assert all(isinstance(value, torch.Tensor) for value in state.values())
+        storages = [value.untyped_storage().data_ptr() for value in state.values()]
+        assert len(set(storages)) == len(storages)  # safetensors refuses shared memory
+        new.load_state_dict(state)
+    outputs = [
+        pair[0].likelihood(torch.ones(2, 3)).base_dist if batch["x"].dim() > 1 else None
+        for pair in pairs
+    ]
+    if outputs[0] is not None:
+        first, second = (fn.__dict__ for fn in outputs)
+        for key in {"loc", "logits"} & set(first):
+            assert torch.equal(first[key], second[key])
+
+
+def test_building_keeps_nothing_and_leaves_the_batch_alone():
+    x = levels()
+    batch = Batch({"x": x.clone()})
+    model, guide = vae(batch, latent=3, hidden=(6,))
+    assert len(list(pyro.get_param_store().keys())) == 0
+    assert torch.equal(batch["x"], x)
+    assert model.training
+    assert guide.training
+
+
+def test_svi_trains_a_pair():
+    means = torch.rand(2, 8, 8)
+    x = torch.bernoulli(means[torch.randint(2, (200,))])
+    batch = Batch({"x": x})
+    model, guide = vae(batch, latent=2, hidden=(32,))
+    svi = SVI(Observed(model), guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    losses = torch.tensor([svi.step(batch) for _ in range(150)]) / 200
+    assert losses[-20:].mean() < losses[:3].mean() - 5
+
+
+def test_optimal_sigma_finds_the_noise_of_a_linear_model():
+    """Trained by ``update`` alone next to the network's gradients, as its docstring shows."""
+    weight, noise = torch.randn(2, 10), 0.3
+    x = torch.randn(2000, 2) @ weight + noise * torch.randn(2000, 10)
+    batch = Batch({"x": x})
+    model, guide = vae(
+        batch, latent=2, hidden=(), likelihood=partial(OptimalSigma.build, shared=True)
+    )
+    likelihood, loss = model.likelihood, Trace_ELBO()
+    optimizer = torch.optim.Adam([*model.parameters(), *guide.parameters()], lr=0.02)
+    for _ in range(500):
+        optimizer.zero_grad()
+        loss.differentiable_loss(Observed(model), guide, batch).backward()
+        optimizer.step()
+        with torch.no_grad():
+            z = guide.posterior(batch["x"]).sample()
+            likelihood.update(batch["x"], likelihood(z).mean, batch.mask("x"), momentum=0.1)
+    # E (x - m(z))² at the optimum of a linear Gaussian model is s² itself
+    assert abs(float(likelihood.scale) - noise) < 0.01
