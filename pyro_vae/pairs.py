@@ -46,7 +46,7 @@ class Architecture(Protocol):
 def vae(
     batch: Batch,
     latent: int = 8,
-    hidden: Sequence[int] = (200, 200),
+    hidden: int | Sequence[int] = (200, 200),
     likelihood: Part | None = None,
     prior: Part | None = None,
     posterior: Part | None = None,
@@ -80,6 +80,7 @@ def vae(
     """
     data = _observed(batch, site)
     event_shape = data.shape[1:]
+    hidden = (hidden,) if isinstance(hidden, int) else tuple(hidden)
 
     def decoder(outputs: Sequence[int]) -> nn.Module:
         return net((latent,), outputs, hidden[::-1], activation)

@@ -45,7 +45,7 @@ def counts(shape):
 
 
 def classes(shape):
-    return torch.randint(4, shape)
+    return torch.randint(4, shape).to(torch.float64)
 
 
 # name -> (class as a builder, data, scipy's log density given the distribution's parameters)
@@ -63,13 +63,13 @@ LIKELIHOODS = {
     "ContinuousBernoulli": (
         ContinuousBernoulli.build,
         torch.rand,
-        lambda fn, x: continuous_bernoulli_logpdf(x, fn.logits),
+        lambda fn, x: continuous_bernoulli_logpdf(x.numpy(), fn.logits.numpy()),
     ),
     "Categorical": (
         partial(Categorical.build, classes=4),
         classes,
         lambda fn, x: np.log(
-            np.take_along_axis(fn.probs.numpy(), x.numpy()[..., None], -1)[..., 0]
+            np.take_along_axis(fn.probs.numpy(), x.numpy().astype(int)[..., None], -1)[..., 0]
         ),
     ),
     "DiagonalGaussian": (
@@ -138,7 +138,7 @@ def test_network_of_another_shape_is_refused(likelihood):
     with pytest.raises((ValueError, RuntimeError)):
         conditional(torch.randn(6, 3))
     with pytest.raises(
-        ValueError, match=r"Bernoulli: the network returned \[6, 1\], wanted \[..., 5"
+        ValueError, match=r"Bernoulli: the network returned \[6, 1\], wanted \[..., \*\[5"
     ):
         Bernoulli(nn.Linear(3, 1), (5,))(torch.randn(6, 3))
 
@@ -155,7 +155,7 @@ def test_missing_entries_contribute_nothing(likelihood):
     mask = torch.rand(6, 4, 3) < 0.6
     batch = Batch({"x": x}, observed={"x": mask})
     trace = pyro.poutine.trace(Observed(model)).get_trace(batch)
-    score = trace.log_prob_sum()
+    score = torch.as_tensor(trace.log_prob_sum())
     elementwise = conditional(z).base_dist.log_prob(x)
     torch.testing.assert_close(score, elementwise[mask].sum(), rtol=1e-10, atol=1e-10)
 
@@ -192,7 +192,7 @@ def test_state_dict_restores_what_was_read_off_the_data(likelihood):
 
 @pytest.mark.parametrize("event", EVENTS[1:])
 def test_works_without_data_as_for_a_latent(likelihood, event):
-    build, draw, _ = likelihood
+    build, _, _ = likelihood
     fn = build(decoder, event)(torch.randn(2, 6, 3))
     assert fn.batch_shape == (2, 6)
     assert fn.event_shape == event
@@ -220,7 +220,7 @@ def test_output_starts_at_the_training_mean():
         fn = kind.build(silent, (5,), x)(z)
         torch.testing.assert_close(fn.mean[0], x.mean(0))
         torch.testing.assert_close(fn.variance[0], x.var(0, correction=0))
-    x = classes((200, 5)).to(torch.float64)
+    x = classes((200, 5))
     probs = Categorical.build(silent, (5,), x)(z).base_dist.probs[0]
     for c in range(4):
         torch.testing.assert_close(probs[:, c], (x == c).to(torch.float64).mean(0))

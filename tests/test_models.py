@@ -36,8 +36,8 @@ def test_particles_stand_to_the_left_of_rows():
     model, batch = linear_model(), Batch({"x": torch.randn(7, 5)})
     with pyro.plate("particles", 3, dim=-2):
         trace = pyro.poutine.trace(Observed(model)).get_trace(batch)
-    assert trace.nodes["z"]["value"].shape == (3, 7, 2)
     trace.compute_log_prob()
+    assert trace.nodes["z"]["log_prob"].shape == (3, 7)
     assert trace.nodes["x"]["log_prob"].shape == (3, 7)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from pyro_vae.nn import (
 )
 
 CONV = partial(convolutional, hidden=(3, 4))
-NETS = {
+NETS: dict[str, tuple[Callable[..., nn.Module], Any, Any]] = {
     "mlp": (partial(mlp, (5, 7, 3)), (5,), (3,)),
     "mlp, affine": (partial(mlp, (5, 3)), (5,), (3,)),
     "mlp, LayerNorm": (partial(mlp, (5, 7, 3), norm=nn.LayerNorm), (5,), (3,)),
@@ -77,7 +79,7 @@ def test_every_parameter_receives_a_gradient(case):
 
 
 def test_state_is_tensors(case):
-    net, inputs, _ = case
+    net, _, _ = case
     assert all(isinstance(value, torch.Tensor) for value in net.state_dict().values())
 
 
@@ -119,6 +121,11 @@ def test_affine_takes_data_to_the_dtype_of_weights(dtype):
     out = Affine(1.0, 1 / 16)(x)
     assert out.dtype == torch.float64
     assert out.tolist() == [[1, 1 + 1 / 16], [1 + 1 / 16, 1 + 1 / 16]]
+
+
+def test_affine_refuses_to_broadcast():
+    with pytest.raises(ValueError, match=r"Affine: came \[3, 1\], wanted \[..., \*\[2\]\]"):
+        Affine(torch.zeros(2))(torch.zeros(3, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float64])

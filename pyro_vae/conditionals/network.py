@@ -25,7 +25,7 @@ def outputs(owner: nn.Module, net: nn.Module, parents: Sequence[Tensor], *shape:
     if out.shape[max(out.dim() - len(shape), 0) :] != shape:
         raise ValueError(
             f"{type(owner).__name__}: the network returned {list(out.shape)}, "
-            f"wanted [..., {', '.join(map(str, shape))}]"
+            f"wanted [..., *{list(shape)}]"
         )
     return out
 

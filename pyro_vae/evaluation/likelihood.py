@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -24,6 +26,7 @@ __all__ = ["Difference", "Evaluation", "evaluate", "mean_and_error"]
 
 Program = Callable[..., Any]
 CELLS = 2_000_000  # entries of the data times particles held at a time
+_ROWS = ("log_p", "log_p_tenth", "elbo", "ess", "khat")
 PILOT_ROWS, PILOT_PARTICLES, ELBO_PARTICLES = 64, 200, 64
 
 
@@ -102,6 +105,32 @@ class Evaluation:
         out["active_units"] = {site: int(units.sum()) for site, units in self.active.items()}
         out["latent_dims"] = {site: units.numel() for site, units in self.active.items()}
         return out | {"proposals": list(self.proposals), "seed": self.seed}
+
+    def arrays(self) -> dict[str, Any]:
+        """Everything as named arrays, for an ``.npz``."""
+        out: dict[str, Any] = {name: getattr(self, name).numpy() for name in _ROWS}
+        out |= {f"rate/{site}": rate.numpy() for site, rate in self.rate.items()}
+        out |= {f"active/{site}": units.numpy() for site, units in self.active.items()}
+        settings = [self.num_particles, self.seed, list(self.proposals), list(self.notes)]
+        return out | {"settings": np.array(json.dumps(settings))}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Any]) -> Evaluation:
+        """The inverse of ``arrays``."""
+        sites: dict[str, dict[str, Tensor]] = {"rate": {}, "active": {}}
+        for name in arrays:
+            kind, _, site = name.partition("/")
+            if site:
+                sites[kind][site] = torch.from_numpy(np.array(arrays[name]))
+        num_particles, seed, proposals, notes = json.loads(str(arrays["settings"]))
+        return cls(
+            **{name: torch.from_numpy(np.array(arrays[name])) for name in _ROWS},
+            **sites,
+            num_particles=num_particles,
+            proposals=tuple(proposals),
+            seed=seed,
+            notes=tuple(notes),
+        )
 
     def __str__(self) -> str:
         s = self.summary()

@@ -26,10 +26,16 @@ class Affine(nn.Module):
         dtype = torch.get_default_dtype()
         self.register_buffer("shift", torch.as_tensor(shift, dtype=dtype).clone())
         self.register_buffer("scale", torch.as_tensor(scale, dtype=dtype).clone())
+        self.event_shape = torch.broadcast_shapes(self.shift.shape, self.scale.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., *event] -> [..., *event]``."""
-        return self.shift + self.scale * x.to(self.scale.dtype)
+        out = self.shift + self.scale * x.to(self.scale.dtype)
+        if out.shape != x.shape:
+            raise ValueError(
+                f"Affine: came {list(x.shape)}, wanted [..., *{list(self.event_shape)}]"
+            )
+        return out
 
 
 class OneHot(nn.Module):

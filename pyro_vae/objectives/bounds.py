@@ -43,6 +43,8 @@ class Bound:
         with torch.enable_grad():
             log_w = log_w.detach().requires_grad_()
             w = torch.autograd.grad(self(log_w).sum(), log_w, create_graph=True)[0]
+            if not w.requires_grad:  # constant weights
+                return torch.zeros_like(w)
             h = [
                 torch.autograd.grad(w[k].sum(), log_w, retain_graph=True)[0][k]
                 for k in range(len(w))

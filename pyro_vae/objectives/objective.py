@@ -58,6 +58,7 @@ class _Chunk:
     penalty: Tensor  # [] or [B]
     plate_scale: float
     scale: float | Tensor
+    subsamples: dict[str, Tensor]
     boundary: Boundary | None
 
 
@@ -92,7 +93,8 @@ class Objective(ELBO):
         num_particles: int = 1,
         chunk: int | None = None,
     ) -> None:
-        for name, number in (("num_particles", num_particles), ("chunk", chunk or 1)):
+        numbers = {"num_particles": num_particles, "chunk": 1 if chunk is None else chunk}
+        for name, number in numbers.items():
             if not isinstance(number, int) or number < 1:
                 raise ValueError(f"Objective: came {name}={number!r}, wanted a whole number >= 1")
         super().__init__(num_particles=num_particles, vectorize_particles=True)
@@ -167,7 +169,8 @@ class Objective(ELBO):
         for program in (model, guide):
             module = owner(program)
             training = None if module is None else module.training
-            programs.append((id(module), id(getattr(program, "__func__", program)), training))
+            this = getattr(program, "__self__", program)  # a bound method is a new object each time
+            programs.append((id(this), id(getattr(program, "__func__", program)), training))
         return (
             *programs,
             (batch.sites, batch.incomplete) if batch is not None else None,
@@ -282,10 +285,12 @@ class Objective(ELBO):
         whole, left = divmod(self.num_particles, chunk)
         sizes = [chunk] * whole + ([left] if left else [])
         differentiable = torch.is_grad_enabled()
-        chunks = []
+        chunks: list[_Chunk] = []
         for size in sizes:
             boundary = Boundary() if self.estimator.boundary and differentiable else None
-            inputs = (plan, args, kwargs, step, size, boundary)
+            # all particles of a row look at the same data
+            subsamples = chunks[0].subsamples if chunks else None
+            inputs = (plan, args, kwargs, step, size, boundary, subsamples)
             if len(sizes) == 1 or not differentiable:
                 chunks.append(self._chunk(*inputs))
             else:  # recomputed in backward: only log weights stay in memory
@@ -307,10 +312,19 @@ class Objective(ELBO):
         step: Tensor,
         size: int,
         boundary: Boundary | None,
+        subsamples: dict[str, Tensor] | None,
     ) -> _Chunk:
         model, guide = plan.programs
         scores = self.estimator.scores if self._has_scores(plan) else None
-        particles = run(model, guide, args, kwargs, plan, size, boundary=boundary, scores=scores)
+        particles = run(
+            *(model, guide, args, kwargs, plan, size),
+            boundary=boundary,
+            scores=scores,
+            subsamples=subsamples,
+        )
+        if self.bound.linear:  # E[grad log q] = 0: noise that a mean over particles can do without
+            scored = particles.score.keys() & particles.posterior.keys()
+            particles.posterior |= {site: particles.posterior[site].detach() for site in scored}
         rate = {site: -term for site, term in self.rate(particles, step).items()}
         log_w, outside = (
             _add(particles.total(particles.likelihood, out), particles.total(rate, out))
@@ -331,6 +345,7 @@ class Objective(ELBO):
             penalty=sum((penalty(particles) for penalty in self.penalties), start=torch.zeros(())),
             plate_scale=particles.plate_scale,
             scale=particles.scale,
+            subsamples=particles.subsamples,
             boundary=boundary,
         )
 
@@ -344,6 +359,8 @@ class Objective(ELBO):
         """The beta that all sites share, which enters DReG's factor, and the score terms
         (beta_l - beta) log q_l of the sites that have more of it."""
         betas = self.rate.betas(particles, step)
+        if not betas:  # everything is observed
+            return 1.0, None
         numbers = [torch.as_tensor(beta) for beta in betas.values()]
         if len(betas) == 1 or all(beta is numbers[0] for beta in numbers):
             return next(iter(betas.values())), None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -22,7 +23,21 @@ from torch.distributions import kl_divergence
 from pyro_vae.batch import Batch, Condition, Observed
 from pyro_vae.objectives.swap import owner, preserved, swapped
 
-__all__ = ["Boundary", "Particles", "Plan", "Replay", "SitesChanged", "core", "make_plan", "run", "trace"]
+__all__ = [
+    "Boundary",
+    "Particles",
+    "Plan",
+    "Problem",
+    "Replay",
+    "SitesChanged",
+    "core",
+    "elementwise",
+    "make_plan",
+    "problems",
+    "run",
+    "trace",
+    "unwrap",
+]
 
 Program = Callable[..., Any]
 Site = dict[str, Any]
@@ -41,11 +56,12 @@ class Plan:
         nesting: number of plate dims; the particle plate stands at dim ``-1 - nesting``.
         rows: dims of the plates over rows, which all local sites share.
         outside: sites outside those plates (global latents), which get their own ``[K]`` column.
-        common_scale: all local sites carry one user scale, which is then taken outside the bound.
+        common_scale: all local sites carry one user scale, which is then taken outside the bound
+            (scales that are numbers are compared anew in every pass).
         analytic: latent sites whose KL is known in closed form, given the order of the sites.
         notes: why a site is not among them.
         unreparameterized: guide sites without ``rsample``.
-        drawn_parents: sites drawn from the model without ``rsample`` that other sites depend on.
+        drawn_parents: sites drawn from the model without ``rsample`` that densities depend on.
         subsampled: plates inside a row that are subsampled.
         sites: names of the guide's and of the model's sites, and whether each is observed.
         score_blockers: why log q of a site can't be taken at boundary copies.
@@ -125,6 +141,8 @@ class Particles:
         prior: log p of what the guide drew.
         posterior: log q of what the guide drew.
         score: log density of the draws that are trained through their score, values detached.
+        subsamples: the rows that plates drew.
+        common_scale: all local sites share one user scale.
         plate_scale: N / B of the row plate.
         scale: that times the user's scale, if all local sites share one.
     """
@@ -136,6 +154,8 @@ class Particles:
     prior: dict[str, Tensor]
     posterior: dict[str, Tensor]
     score: dict[str, Tensor]
+    subsamples: dict[str, Tensor]
+    common_scale: bool
     plate_scale: float
     scale: float | Tensor
     guide: dict[str, Site]
@@ -143,6 +163,13 @@ class Particles:
 
     def local(self, site: str) -> bool:
         return site not in self.plan.outside
+
+    @property
+    def analytic(self) -> frozenset[str]:
+        """Latent sites whose KL is in closed form: the plan's, unless this pass scales the site of
+        the model and that of the guide differently."""
+        scales = {s: (self.model[s]["scale"], self.guide[s]["scale"]) for s in self.plan.analytic}
+        return frozenset(site for site, (p, q) in scales.items() if _close(p, q) is not False)
 
     def total(self, terms: Mapping[str, Tensor], outside: bool = False) -> Tensor | None:
         """Sum of terms to ``[K, B]`` over the local sites, or to ``[K]`` over the ones outside."""
@@ -159,15 +186,21 @@ class Particles:
         value = self.guide[site]["value"].detach()
         return self._density(self.guide[site], value)
 
+    def log_draw(self, site: Site) -> Tensor:
+        """Log density with which a detached draw was made: scales and masks weigh what a draw
+        counts, not how it came about."""
+        log_prob, event_dim = elementwise(_source(site), site["value"].detach(), masked=False)
+        local = self.local(site["name"])
+        return self.plan.canonical(log_prob, event_dim, self.num_particles, local)
+
     def kl(self, site: str) -> Tensor:
         """Analytic KL(q || p) of a latent site, elementwise where it factorizes."""
         q = self.guide[site]
         kl, event_dim = _elementwise_kl(q["fn"], self.model[site]["fn"])
         return self._weigh(q, kl, event_dim)
 
-    def _density(self, site: Site, value: Tensor | None = None, fn: Any = None) -> Tensor:
-        fn, value = fn or site["fn"], site["value"] if value is None else value
-        log_prob, event_dim = elementwise(fn, value)
+    def _density(self, site: Site, value: Tensor | None = None) -> Tensor:
+        log_prob, event_dim = elementwise(site["fn"], site["value"] if value is None else value)
         return self._weigh(site, log_prob, event_dim)
 
     def _weigh(self, site: Site, term: Tensor, event_dim: int) -> Tensor:
@@ -182,16 +215,18 @@ class Particles:
     def _inner_scale(self, site: Site) -> float | Tensor:
         if not self.local(site["name"]):
             return site["scale"]  # type: ignore[no-any-return]
-        if self.plan.common_scale:
+        if self.common_scale:
             return 1.0
         return site["scale"] / self.scale  # type: ignore[no-any-return]
 
 
-def elementwise(fn: Any, value: Tensor) -> tuple[Tensor, int]:
+def elementwise(fn: Any, value: Tensor, masked: bool = True) -> tuple[Tensor, int]:
     """Log density before the sum over event dims, and how many event dims it still has."""
     if isinstance(fn, dist.Independent):
-        log_prob, event_dim = elementwise(fn.base_dist, value)
+        log_prob, event_dim = elementwise(fn.base_dist, value, masked)
         return log_prob, event_dim + fn.reinterpreted_batch_ndims
+    if isinstance(fn, MaskedDistribution) and not masked:
+        return elementwise(fn.base_dist, value, masked)
     if isinstance(fn, MaskedDistribution) and isinstance(fn._mask, Tensor):
         log_prob, event_dim = elementwise(fn.base_dist, value)
         return scale_and_mask(log_prob, mask=fn._mask[(...,) + (None,) * event_dim]), event_dim
@@ -282,6 +317,7 @@ def run(
     *,
     boundary: Boundary | None = None,
     scores: Callable[[str, bool], bool] | None = None,
+    subsamples: Mapping[str, Tensor] | None = None,
     handlers: Iterable[Any] = (),
 ) -> Particles:
     """One pass of ``num_particles`` vectorised particles.
@@ -289,16 +325,19 @@ def run(
     Args:
         boundary: run the model on boundary copies and take log q with constant guide parameters.
         scores: ``(site, has_rsample) -> bool``, the sites that are drawn without a path.
+        subsamples: the rows that plates drew in an earlier pass, which this one shares.
         handlers: further handlers around the guide (a widened proposal, say).
 
     Raises:
         SitesChanged: the programs have other sites than the plan says.
     """
     model, batch = unwrap(model, args)
-    around_guide: list[Any] = [_Detach(scores)] if scores else []
+    around_guide: list[Any] = [Replay(subsamples)] if subsamples else []
+    if scores:
+        around_guide.append(_Detach(scores))
     if batch is not None:
         around_guide.append(Condition(batch, proposing=True))
-    guide_sites, subsamples = trace(
+    guide_sites, guide_rows = trace(
         guide, args, kwargs, [*around_guide, *handlers], num_particles, plan.nesting
     )
     draws = {name: site["value"] for name, site in guide_sites.items()}
@@ -310,8 +349,8 @@ def run(
             for name, value in draws.items()
         }
     conditioned = [Condition(batch, proposed=draws)] if batch is not None else []
-    values = {**subsamples, **draws}
-    model_sites, _ = trace(
+    values = {**(subsamples or {}), **guide_rows, **draws}
+    model_sites, model_rows = trace(
         model, args, kwargs, [Replay(values), *conditioned], num_particles, plan.nesting
     )
     if plan.sites != _names(guide_sites, model_sites):
@@ -321,7 +360,8 @@ def run(
         )
     particles = Particles(
         *(plan, num_particles, {}, {}, {}, {}, {}),
-        *_row_scales(plan, model_sites),
+        guide_rows | model_rows,
+        *_row_scales(plan, guide_sites, model_sites),
         guide=guide_sites,
         model=model_sites,
     )
@@ -330,7 +370,7 @@ def run(
             site["value"], site["fn"].event_dim, num_particles, particles.local(name)
         )
     _fill_model(particles, scores)
-    if boundary is None:
+    if boundary is None or not guide_sites:
         _fill_guide(particles, {name: particles._density(s) for name, s in guide_sites.items()})
     elif len(guide_sites) == 1:
         _fill_guide(particles, _constant_in_place(particles, draws))
@@ -340,7 +380,7 @@ def run(
     if scores is not None:
         for name, site in guide_sites.items():
             if scores(name, site["fn"].has_rsample) and name in particles.posterior:
-                particles.score[name] = particles.posterior[name]
+                particles.score[name] = _where_drawn(particles, site, site["infer"].get("observed"))
     return particles
 
 
@@ -358,12 +398,16 @@ def _fill_model(particles: Particles, scores: Callable[[str, bool], bool] | None
                 density = torch.where(mask, zero, density)
             particles.prior[name] = density
         if scores is not None and name in particles.plan.drawn_parents:
-            source = site["infer"].get("source", site["fn"])
-            density = particles._density(site, site["value"].detach(), source)
-            if (drawn := site["infer"].get("drawn")) is not None:
-                mask = _fit(drawn, density, source.event_dim, particles.plan, name)
-                density = torch.where(mask, density.new_zeros(()), density)
-            particles.score[name] = density
+            particles.score[name] = _where_drawn(particles, site, site["infer"].get("drawn"))
+
+
+def _where_drawn(particles: Particles, site: Site, observed: Tensor | None) -> Tensor:
+    """``log_draw`` of the entries that are not data."""
+    density = particles.log_draw(site)
+    if observed is None:
+        return density
+    mask = _fit(observed, density, site["fn"].event_dim, particles.plan, site["name"])
+    return torch.where(mask, density.new_zeros(()), density)
 
 
 def _fill_guide(particles: Particles, densities: Mapping[str, Tensor]) -> None:
@@ -423,15 +467,26 @@ def _constant_rerun(
         return {name: particles._density(site) for name, site in sites.items()}
 
 
-def _row_scales(plan: Plan, model: Mapping[str, Site]) -> tuple[float, float | Tensor]:
-    local = next((site for name, site in model.items() if name not in plan.outside), None)
-    if local is None:
-        return 1.0, 1.0
-    plates = _plate_scale(local, plan.rows)
-    if not plan.common_scale:
-        return plates, plates
-    scale: float | Tensor = local["scale"]
-    return plates, scale.reshape(-1) if isinstance(scale, Tensor) and scale.dim() else scale
+def _row_scales(
+    plan: Plan, guide: Mapping[str, Site], model: Mapping[str, Site]
+) -> tuple[bool, float, float | Tensor]:
+    """Whether the local sites share one user scale, the row plate's, and what goes outside."""
+    sites = [*model.values(), *guide.values()]
+    local = [site for site in sites if site["name"] not in plan.outside]
+    if not local:
+        return False, 1.0, 1.0
+    plates, scale = _plate_scale(local[0], plan.rows), local[0]["scale"]
+    equal = [_close(scale, site["scale"]) for site in local]
+    if False in equal or (None in equal and not plan.common_scale):
+        return False, plates, plates
+    return True, plates, scale.reshape(-1) if isinstance(scale, Tensor) and scale.dim() else scale
+
+
+def _close(a: float | Tensor, b: float | Tensor) -> bool | None:
+    """Whether two scales are equal; None for tensors, whose values would have to leave the device."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return None
+    return math.isclose(a, b, rel_tol=1e-9)
 
 
 def _names(guide: Mapping[str, Site], model: Mapping[str, Site]) -> tuple[Any, ...]:
@@ -511,60 +566,87 @@ def make_plan(
     )
 
 
+class Problem(NamedTuple):
+    """What is wrong with a pair, at which site (None: with the pair as a whole), and its cure."""
+
+    site: str | None
+    found: str
+    cure: str
+
+    def __str__(self) -> str:
+        where = "" if self.site is None else f"site {self.site!r}: "
+        return f"{where}{self.found}; {self.cure}"
+
+
 def check_sites(
     model: Mapping[str, Site], guide: Mapping[str, Site], batch: Batch | None = None
 ) -> None:
-    """Latents of model and guide match in name, shape and support; data meet a site; no site
-    broadcasts beyond its plates.
+    """Refuse a pair that does not fit together.
 
     Raises:
-        ValueError: naming the site and the cure.
+        ValueError: the first of its ``problems``.
     """
+    if problem := next(problems(model, guide, batch), None):
+        raise ValueError(str(problem))
+
+
+def problems(
+    model: Mapping[str, Site], guide: Mapping[str, Site], batch: Batch | None = None
+) -> Iterator[Problem]:
+    """Where latents of model and guide differ in name, shape or support, where a site broadcasts
+    beyond its plates, and whether data meet a site at all."""
     for name, q in guide.items():
-        if name not in model:
-            if q["infer"].get("is_auxiliary"):
-                continue
-            raise ValueError(
-                f"site {name!r}: the guide draws it, but the model's sites are {list(model)}; rename "
-                "it, or mark it infer={'is_auxiliary': True}"
+        if name in model:
+            yield from _disagreements(name, model[name], q)
+        elif not q["infer"].get("is_auxiliary"):
+            yield Problem(
+                name,
+                f"the guide draws it, but the model's sites are {list(model)}",
+                "rename it, or mark it infer={'is_auxiliary': True}",
             )
-        p = model[name]
-        if p["is_observed"] and q["infer"].get("observed") is None and not q["is_observed"]:
-            raise ValueError(
-                f"site {name!r}: the model observes it and the guide draws it; drop one of the two"
-            )
-        if q["fn"].event_shape != p["fn"].event_shape:
-            raise ValueError(
-                f"site {name!r}: event shape {list(q['fn'].event_shape)} in the guide, "
-                f"{list(p['fn'].event_shape)} in the model; make them equal"
-            )
-        with torch.no_grad():
-            if not bool(p["fn"].support.check(q["value"]).all()):
-                raise ValueError(
-                    f"site {name!r}: the guide's {type(core(q['fn'])).__name__} draws values outside "
-                    f"the support of the model's {type(core(p['fn'])).__name__}; give both the same "
-                    "support"
-                )
     for source, sites in (("model", model), ("guide", guide)):
         for site in sites.values():
-            _check_broadcast(source, site)
+            yield from _broadcasts(source, site)
     if not any(site["is_observed"] or "observed" in site["infer"] for site in model.values()):
         held = f"the batch holds {list(batch.sites)}" if batch is not None else "no obs= was given"
-        raise ValueError(
-            f"the model observes nothing: its sites are {list(model)}, {held}; rename the data or "
-            "the site"
+        yield Problem(
+            None,
+            f"the model observes nothing: its sites are {list(model)}, {held}",
+            "rename the data or the site",
         )
 
 
-def _check_broadcast(source: str, site: Site) -> None:
+def _disagreements(name: str, p: Site, q: Site) -> Iterator[Problem]:
+    if p["is_observed"] and q["infer"].get("observed") is None and not q["is_observed"]:
+        yield Problem(name, "the model observes it and the guide draws it", "drop one of the two")
+    if q["fn"].event_shape != p["fn"].event_shape:
+        yield Problem(
+            name,
+            f"event shape {list(q['fn'].event_shape)} in the guide, "
+            f"{list(p['fn'].event_shape)} in the model",
+            "make them equal",
+        )
+        return
+    with torch.no_grad():
+        if not bool(p["fn"].support.check(q["value"]).all()):
+            yield Problem(
+                name,
+                f"the guide's {type(core(q['fn'])).__name__} draws values outside the support of "
+                f"the model's {type(core(p['fn'])).__name__}",
+                "give both the same support",
+            )
+
+
+def _broadcasts(source: str, site: Site) -> Iterator[Problem]:
     shape = site["fn"].batch_shape
     covered = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
     for dim in range(-len(shape), 0):
         if shape[dim] != 1 and dim not in covered:
-            raise ValueError(
-                f"site {site['name']!r}: batch shape {list(shape)} in the {source}, but no plate "
-                f"stands at dim {dim}; move dims into the event by .to_event(), remove a dim of size "
-                "1 that made it broadcast, or add the plate"
+            yield Problem(
+                site["name"],
+                f"batch shape {list(shape)} in the {source}, but no plate stands at dim {dim}",
+                "move dims into the event by .to_event(), remove a dim of size 1 that made it "
+                "broadcast, or add the plate",
             )
 
 
@@ -598,10 +680,8 @@ def _rows(
 
 def _common_scale(local: list[Site], rows: tuple[int, ...]) -> bool:
     """Whether all local sites carry one and the same user scale (a weight of the row)."""
-    if not local:
-        return False
     inner = [torch.as_tensor(site["scale"] / _plate_scale(site, rows)) for site in local]
-    return bool((inner[0] != 1).any()) and all(
+    return all(
         scale.shape == inner[0].shape and bool(torch.isclose(scale, inner[0]).all())
         for scale in inner
     )
@@ -658,38 +738,45 @@ def _drawn_parents(
     guide: Mapping[str, Site],
     subsamples: Mapping[str, Tensor],
 ) -> tuple[str, ...]:
-    """Sites drawn from the model without a path on which another site's density depends, found by
-    changing the draw and looking."""
+    """Sites drawn from the model without a path on which a density that counts depends, directly or
+    through other draws. Found by changing the draw and looking: in every entry, since a plan holds
+    for all batches of its kind, whichever entries are missing."""
     values = {**subsamples, **{name: site["value"] for name, site in sites.items()}}
     drawn = [
         name
         for name, site in sites.items()
-        if name not in guide
-        and not _source(site).has_rsample
-        and ("drawn" in site["infer"] or not site["is_observed"])
+        if name not in guide and ("drawn" in site["infer"] or not site["is_observed"])
     ]
-    if not drawn:
+    if all(_source(sites[name]).has_rsample for name in drawn):
         return ()
 
     def densities(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        torch.manual_seed(0)  # the same dropout each time; the caller restores the random state
         replayed, _ = trace(model, args, kwargs, [Replay(values)])
         return {name: elementwise(s["fn"], s["value"])[0] for name, s in replayed.items()}
 
     base, parents = densities(values), []
-    for name in drawn:
-        fn, value = _source(sites[name]), sites[name]["value"]
-        observed = sites[name]["infer"].get("drawn", torch.tensor(False))
-        if fn.has_enumerate_support:
-            support = fn.enumerate_support(expand=False)
-            others = [support[0].expand(value.shape), support[-1].expand(value.shape)]
-        else:
-            others = [fn.sample() for _ in range(4)]
-        for other in others:
-            moved = densities({**values, name: torch.where(observed, value, other)})
-            if any(not torch.equal(moved[s], base[s]) for s in base if s != name):
+    counts = {name for name, site in sites.items() if site["is_observed"] or name in guide}
+    for name in reversed(drawn):  # children before their parents
+        for other in _other_values(_source(sites[name]), sites[name]["value"]):
+            moved = densities({**values, name: other})
+            if any(not torch.equal(moved[s], base[s]) for s in counts - {name}):
+                counts.add(name)
                 parents.append(name)
                 break
-    return tuple(parents)
+    return tuple(name for name in reversed(parents) if not _source(sites[name]).has_rsample)
+
+
+def _other_values(fn: Any, value: Tensor) -> list[Tensor]:
+    if fn.has_enumerate_support:
+        try:
+            support = fn.enumerate_support(expand=False)
+        except NotImplementedError:  # Binomial, where rows differ in their total count
+            pass
+        else:
+            ends = support[[0, -1]].to(value.dtype)
+            return [end.expand(value.shape) for end in ends]
+    return [fn.sample().to(value.dtype) for _ in range(4)]
 
 
 def _source(site: Site) -> Any:

@@ -63,10 +63,10 @@ class Analytic(Rate):
 
     def __call__(self, particles: Particles, step: Tensor) -> dict[str, Tensor]:
         rate = MonteCarlo()(particles, step)
-        return rate | {site: particles.kl(site) for site in particles.plan.analytic}
+        return rate | {site: particles.kl(site) for site in particles.analytic}
 
     def betas(self, particles: Particles, step: Tensor) -> dict[str, float | Tensor]:
-        return MonteCarlo().betas(particles, step) | dict.fromkeys(particles.plan.analytic, 0.0)
+        return MonteCarlo().betas(particles, step) | dict.fromkeys(particles.analytic, 0.0)
 
 
 class Beta(Rate):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from ast import literal_eval
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +13,7 @@ from pyro_vae.objectives.objective import Objective
 from pyro_vae.objectives.rates import Analytic, Beta, MonteCarlo
 from pyro_vae.objectives.schedules import Schedule
 
-__all__ = ["beta_vae", "elbo", "iwae", "mean_field", "renyi"]
+__all__ = ["beta_vae", "elbo", "iwae", "mean_field", "parse", "renyi"]
 
 
 def elbo(
@@ -61,3 +63,39 @@ def beta_vae(
     over n steps (Bowman et al. 2016)."""
     rate = Beta(beta, Analytic() if analytic else MonteCarlo())
     return Objective(Elbo(), estimator, rate, num_particles=num_particles, **parts)
+
+
+def parse(spec: str) -> Objective:
+    """An objective from ``"iwae:num_particles=50,estimator=dreg"``: a recipe's name and arguments.
+
+    Raises:
+        ValueError: unknown recipe, unknown or missing argument, a value that the recipe refuses.
+    """
+    name, _, rest = spec.partition(":")
+    recipes = {n: globals()[n] for n in __all__ if n != "parse"}
+    if name not in recipes:
+        raise ValueError(f"objective: came {name!r}, wanted one of {sorted(recipes)}")
+    arguments: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"objective {spec!r}: came {item!r}, wanted argument=value")
+        arguments[key.strip()] = literal(value.strip())
+    known = list(inspect.signature(recipes[name]).parameters)[:-1]
+    allowed = [*known, "chunk"]
+    if unknown := [key for key in arguments if key not in allowed]:
+        raise ValueError(f"objective {name!r}: came {unknown[0]!r}, wanted one of {allowed}")
+    try:
+        return recipes[name](**arguments)  # type: ignore[no-any-return]
+    except TypeError as error:  # a missing argument, or a word where a number is wanted
+        raise ValueError(f"objective {spec!r}: {error}") from None
+
+
+def literal(text: str) -> Any:
+    """A number, tuple, bool or None from the command line; a word stays a word."""
+    if text.lstrip("+-").lower() in ("inf", "nan"):
+        return float(text)
+    try:
+        return literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

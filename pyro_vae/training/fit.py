@@ -165,30 +165,30 @@ def fit(
             bar.update(state.step)
 
         good = state.snapshot()
+        per_epoch = math.ceil(len(data) / batch_size)
         since = time.perf_counter() - (run.history[-1]["seconds"] if run.history else 0.0)
         while state.step < length and not run.stopped:
-            order = _order(len(data), seed, state.epoch)
+            epoch, offset = divmod(state.step, per_epoch)
+            order = _order(len(data), seed, epoch).to(place).split(batch_size)
             total, count = torch.zeros((), device=place), 0
-            for rows in order.to(place).split(batch_size):
+            for rows in order[offset : offset + length - state.step]:
                 with pyro.validation_enabled(False):
                     total = total + step(take(data, rows)) * len(rows)
                 count += len(rows)
                 state.step += 1
                 bar.update()
-                if state.step % CHECK_EVERY == 0 or state.step == length:
+                if state.step % CHECK_EVERY == 0:
                     if not math.isfinite(float(total)):
                         break
+                    good = state.snapshot()
                     bar.set_postfix_str(_postfix(float(total) / count, run.history), refresh=False)
-                if state.step == length:
-                    break
             if not math.isfinite(float(total)):
                 problem = _replay(state, good, step, data, seed, batch_size)
                 run.stopped, problem.run = "non-finite", run
                 raise problem
-            state.epoch += 1
             record = {
                 "step": state.step,
-                "epoch": state.epoch,
+                "epoch": epoch + 1,
                 "seconds": time.perf_counter() - since,
                 "loss": float(total) / count,
                 "lr": optim.param_groups[0]["lr"],
@@ -197,8 +197,7 @@ def fit(
                 record["valid"] = _held_out(monitor, loss, valid, batch_size, seed)
             run.history.append(record)
             if _improves(record, run.best):
-                run.best = record
-                state.best_parameters = _copy(loss)
+                run.best, state.best_parameters = record, state.parameters_now()
             state.history, state.best = run.history, run.best
             good = state.snapshot()
             try:
@@ -206,13 +205,13 @@ def fit(
                     callback(run, record)
             except StopIteration:
                 run.stopped = "callback"
-            if patience is not None and state.epoch - run.best["epoch"] >= patience:
+            if patience is not None and record["epoch"] - run.best["epoch"] >= patience:
                 run.stopped = "patience"
             if folder is not None:
                 folder.save_state(state.dump())
         run.stopped = run.stopped or ("steps" if steps else "epochs")
         if valid is not None and state.best_parameters:
-            loss.load_state_dict(state.best_parameters)
+            state.set_parameters(state.best_parameters)
     if folder is not None:
         folder.save(run)
     return run
@@ -284,18 +283,27 @@ class _State:
     ) -> None:
         self.loss, self.parameters = loss, parameters
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.step = self.epoch = 0
+        self.step = 0
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
-        self.best_parameters: dict[str, Tensor] = {}
+        self.best_parameters: dict[str, Any] = {}
+
+    def parameters_now(self) -> dict[str, Any]:
+        """Copies of all parameters and buffers, those of ``pyro.param`` included."""
+        modules = {name: t.detach().clone() for name, t in self.loss.state_dict().items()}
+        return {"modules": modules, "stored": [p.detach().clone() for p in self.parameters]}
+
+    def set_parameters(self, values: dict[str, Any]) -> None:
+        self.loss.load_state_dict(values["modules"])
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, values["stored"], strict=True):
+                parameter.copy_(value)
 
     def snapshot(self) -> dict[str, Any]:
         """A copy of everything that a step may change."""
         state = {
             "step": self.step,
-            "epoch": self.epoch,
-            "modules": _copy(self.loss),
-            "stored": [p.detach().clone() for p in self.parameters],
+            "parameters": self.parameters_now(),
             "optimizer": deepcopy(self.optimizer.state_dict()),
             "scheduler": deepcopy(self.scheduler.state_dict()) if self.scheduler else None,
             "random": torch.get_rng_state(),
@@ -305,11 +313,8 @@ class _State:
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.step, self.epoch = state["step"], state["epoch"]
-        self.loss.load_state_dict(state["modules"])
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, state["stored"], strict=True):
-                parameter.copy_(value)
+        self.step = state["step"]
+        self.set_parameters(state["parameters"])
         self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
         if self.scheduler:
             self.scheduler.load_state_dict(deepcopy(state["scheduler"]))
@@ -325,10 +330,6 @@ class _State:
         self.restore(state)
         self.history, self.best = state["history"], state["best"]
         self.best_parameters = state["best_parameters"]
-
-
-def _copy(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
 def _held_out(
@@ -366,7 +367,8 @@ def _replay(
     """Go back to the last good state and walk forward until the step that fails, and look at it."""
     state.restore(good)
     before, place = good, state.loss.step.device
-    for rows in _order(len(data), seed, state.epoch).to(place).split(batch_size):
+    epoch, offset = divmod(state.step, math.ceil(len(data) / batch_size))
+    for rows in _order(len(data), seed, epoch).to(place).split(batch_size)[offset:]:
         batch = take(data, rows)
         healthy = bool(torch.isfinite(step(batch)))
         healthy &= all(bool(torch.isfinite(p).all()) for p in state.parameters)

@@ -51,6 +51,9 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # safetensors makes its files private
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

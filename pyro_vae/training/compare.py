@@ -1,0 +1,282 @@
+"""A grid of objectives and seeds, every cell judged by the same evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_vae.batch import Batch
+from pyro_vae.evaluation.likelihood import Difference, Evaluation, evaluate, mean_and_error
+from pyro_vae.objectives.recipes import parse
+from pyro_vae.training.fit import fit
+from pyro_vae.training.runs import versions
+from pyro_vae.training.state import replacing
+
+__all__ = ["Comparison", "compare"]
+
+Build = Callable[..., tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One training and its evaluation; picklable, and the key under which its result is kept."""
+
+    build: Build
+    objective: str
+    seed: int
+    options: dict[str, Any]
+    fit: dict[str, Any]
+    num_particles: int
+
+
+@dataclass(repr=False)
+class Comparison:
+    """Evaluations of all cells, averaged over seeds and compared paired by row.
+
+    Attributes:
+        cells: (objective, seed) -> evaluation on the same rows.
+        seconds: (objective, seed) -> training time.
+    """
+
+    cells: dict[tuple[str, int], Evaluation]
+    seconds: dict[tuple[str, int], float] = field(default_factory=dict)
+
+    @property
+    def objectives(self) -> list[str]:
+        return list(dict.fromkeys(objective for objective, _ in self.cells))
+
+    def rows(self, objective: str, quantity: str = "log_p") -> Tensor:
+        """``[N]`` nats, averaged over the seeds.
+
+        Raises:
+            ValueError: unknown objective.
+        """
+        found = [getattr(e, quantity) for (name, _), e in self.cells.items() if name == objective]
+        if not found:
+            raise ValueError(f"came {objective!r}, wanted one of {self.objectives}")
+        return torch.stack(found).double().mean(0)
+
+    def versus(self, objective: str, other: str, quantity: str = "log_p") -> Difference:
+        """First minus second, paired by row, averaged over seeds."""
+        return Difference(
+            *mean_and_error(self.rows(objective, quantity) - self.rows(other, quantity))
+        )
+
+    def summary(self) -> list[dict[str, Any]]:
+        """A record an objective: means and standard errors over rows, spread over seeds, and the
+        paired difference to the first objective."""
+        records = []
+        for objective in self.objectives:
+            mine = {seed: e for (name, seed), e in self.cells.items() if name == objective}
+            record: dict[str, Any] = {"objective": objective, "seeds": sorted(mine)}
+            for quantity in ("log_p", "log_p_tenth", "elbo"):
+                record[quantity], record[f"{quantity}_se"] = mean_and_error(
+                    self.rows(objective, quantity)
+                )
+                difference = self.versus(objective, self.objectives[0], quantity)
+                record[f"{quantity}_gain"] = difference.mean
+                record[f"{quantity}_gain_se"] = difference.error
+            per_seed = torch.stack([e.log_p.double().mean() for e in mine.values()])
+            record["log_p_per_seed"] = per_seed.tolist()
+            summaries = [e.summary() for e in mine.values()]
+            for name in ("num_particles", "rows", "khat_threshold"):
+                record[name] = summaries[0][name]
+            for name in ("ess_median", "khat_median", "khat_bad_share"):
+                record[name] = float(np.mean([s[name] for s in summaries]))
+            record["active_units"] = [sum(s["active_units"].values()) for s in summaries]
+            record["proposals"] = sorted({p for s in summaries for p in s["proposals"]})
+            seconds = [t for (name, _), t in self.seconds.items() if name == objective]
+            record["seconds"] = float(np.mean(seconds)) if seconds else None
+            records.append(record)
+        return records
+
+    def __str__(self) -> str:
+        records = self.summary()
+        first = records[0]
+        many, few = first["num_particles"], max(1, first["num_particles"] // 10)
+        head = ["objective", "ELBO", f"log p >= (K={few})", f"log p >= (K={many})"]
+        head += ["gain, paired", "seeds", "k-hat", "bad", "active", "s"]
+        table = [head]
+        for r in records:
+            table.append(
+                [
+                    r["objective"],
+                    f"{r['elbo']:.2f} ± {r['elbo_se']:.2f}",
+                    f"{r['log_p_tenth']:.2f} ± {r['log_p_tenth_se']:.2f}",
+                    f"{r['log_p']:.2f} ± {r['log_p_se']:.2f}",
+                    "-" if r is first else f"{r['log_p_gain']:+.2f} ± {r['log_p_gain_se']:.2f}",
+                    " ".join(f"{value:.2f}" for value in r["log_p_per_seed"]),
+                    f"{r['khat_median']:.2f}",
+                    f"{r['khat_bad_share']:.0%}",
+                    " ".join(map(str, r["active_units"])),
+                    "-" if r["seconds"] is None else f"{r['seconds']:.0f}",
+                ]
+            )
+        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in table]
+        return "\n".join(
+            [
+                lines[0].rstrip(),
+                "-" * len(lines[0].rstrip()),
+                *(line.rstrip() for line in lines[1:]),
+                "",
+                f"nats; mean ± standard error over {first['rows']} held-out rows, averaged over seeds "
+                f"{first['seeds']}; gain: log p minus that of {first['objective']}, paired by row;",
+                f"proposals {', '.join(sorted({p for r in records for p in r['proposals']}))}; bad: "
+                f"share of rows with k-hat above {first['khat_threshold']:.2f}; s: seconds of training",
+            ]
+        )
+
+    __repr__ = __str__
+
+
+def compare(
+    build: Build,
+    train: Batch,
+    test: Batch,
+    objectives: Sequence[str],
+    seeds: Iterable[int] = (0,),
+    *,
+    options: Mapping[str, Any] | None = None,
+    num_particles: int = 5000,
+    jobs: int = 1,
+    out: str | Path | None = None,
+    progress: bool | None = None,
+    **fit_options: Any,
+) -> Comparison:
+    """Train a pair under every objective and seed and judge all of them on the same held-out rows.
+
+    Args:
+        build: ``build(batch, **options) -> (model, guide)``; picklable if ``jobs > 1``.
+        objectives: recipes with arguments, ``"iwae:num_particles=10,estimator=dreg"``; the first is
+            what the others are compared with.
+        num_particles: K of the evaluation.
+        jobs: processes at a time.
+        out: folder that keeps every finished cell: a comparison that was cut off, or that gets a
+            further objective, goes on from there. Cells of other settings are not reused.
+        fit_options: arguments of ``fit``.
+
+    Raises:
+        ValueError: an objective that can't be built, sites that differ between train and test.
+    """
+    if not objectives:
+        raise ValueError("compare: came no objectives, wanted at least one")
+    for spec in objectives:
+        parse(spec)
+    if train.sites != test.sites:
+        raise ValueError(f"compare: train has sites {train.sites}, test has {test.sites}")
+    cells = [
+        _Cell(build, spec, seed, dict(options or {}), dict(fit_options), num_particles)
+        for spec in dict.fromkeys(objectives)
+        for seed in seeds
+    ]
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    data_key = _fingerprint(train), _fingerprint(test)
+    results: dict[tuple[str, int], tuple[Evaluation, float]] = {}
+    waiting = []
+    for cell in cells:
+        done = _load(_path(folder, cell, data_key)) if folder is not None else None
+        if done is None:
+            waiting.append(cell)
+        else:
+            results[cell.objective, cell.seed] = done
+    silent = None if progress is None else not progress
+    with tqdm(total=len(cells), initial=len(results), unit="cell", disable=silent) as bar:
+        for cell, done in _run_all(waiting, train, test, jobs):
+            results[cell.objective, cell.seed] = done
+            if folder is not None:
+                _store(_path(folder, cell, data_key), cell, done)
+            bar.update()
+    in_order = {(c.objective, c.seed): results[c.objective, c.seed] for c in cells}
+    comparison = Comparison(
+        {key: evaluation for key, (evaluation, _) in in_order.items()},
+        {key: seconds for key, (_, seconds) in in_order.items()},
+    )
+    if folder is not None:
+        with replacing(folder / "comparison.json") as temporary:
+            report = {"versions": versions(), "objectives": comparison.summary()}
+            temporary.write_text(json.dumps(report, indent=2) + "\n")
+        with replacing(folder / "comparison.txt") as temporary:
+            temporary.write_text(f"{comparison}\n")
+    return comparison
+
+
+def _run_all(
+    cells: list[_Cell], train: Batch, test: Batch, jobs: int
+) -> Iterator[tuple[_Cell, tuple[Evaluation, float]]]:
+    if jobs <= 1 or len(cells) <= 1:
+        for cell in cells:
+            yield cell, _run(cell, train, test)
+        return
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // jobs)
+    with ProcessPoolExecutor(
+        jobs, context, initializer=_start, initargs=(threads, torch.get_default_dtype())
+    ) as pool:
+        futures = {pool.submit(_run, cell, train, test): cell for cell in cells}
+        for future, cell in futures.items():
+            yield cell, future.result()
+
+
+def _start(threads: int, dtype: torch.dtype) -> None:
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+
+
+def _run(cell: _Cell, train: Batch, test: Batch) -> tuple[Evaluation, float]:
+    with torch.random.fork_rng():
+        torch.manual_seed(cell.seed)
+        model, guide = cell.build(train, **cell.options)
+    since = time.perf_counter()
+    fit(model, guide, train, parse(cell.objective), seed=cell.seed, progress=False, **cell.fit)
+    seconds = time.perf_counter() - since
+    return evaluate(model, guide, test, cell.num_particles, seed=cell.seed), seconds
+
+
+def _fingerprint(batch: Batch) -> str:
+    digest = hashlib.sha256(repr(batch).encode())
+    for site in batch:
+        digest.update(batch[site].cpu().numpy().tobytes())
+        digest.update(batch.mask(site).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _path(folder: Path, cell: _Cell, data: tuple[str, str]) -> Path:
+    """A name that tells the cell and changes with everything its result depends on."""
+    settings = {k: v for k, v in asdict(cell).items() if k not in ("build", "objective", "seed")}
+    built = getattr(cell.build, "__qualname__", repr(cell.build))
+    everything = json.dumps([built, settings, data, str(torch.get_default_dtype())], default=repr)
+    digest = hashlib.sha256(everything.encode()).hexdigest()[:8]
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", cell.objective)
+    return folder / f"{slug}-seed{cell.seed}-{digest}.npz"
+
+
+def _store(path: Path, cell: _Cell, done: tuple[Evaluation, float]) -> None:
+    evaluation, seconds = done
+    meta = {"objective": cell.objective, "seed": cell.seed, "seconds": seconds}
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, meta=np.array(json.dumps(meta)), **evaluation.arrays())
+
+
+def _load(path: Path) -> tuple[Evaluation, float] | None:
+    """A finished cell, or None (missing or unreadable: it is run again)."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return Evaluation.from_arrays(arrays), json.loads(str(arrays["meta"]))["seconds"]
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,390 @@
+"""Estimators: one value, one expected gradient, or a refusal that names the site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.distributions import transforms as flows
+from torch import Tensor, nn
+
+from pyro_vae.nn import mlp
+from pyro_vae.objectives import STL, DReG, Elbo, Estimator, Objective, Pathwise, Renyi, Score
+from pyro_vae.objectives import elbo, iwae, renyi
+from pyro_vae.objectives.estimators import get
+from tests.small_pairs import (
+    PAIRS,
+    X_DIM,
+    Z_DIM,
+    BottomUp,
+    FlowGuide,
+    Guide,
+    LadderModel,
+    LinearModel,
+    Program,
+    batch_norm,
+    data,
+    flat_gradient,
+    parameters,
+    sigmas,
+    value_and_gradient,
+)
+
+REPEATS, ROWS = 40, 200
+
+COMBINATIONS = [
+    *[(elbo, name) for name in ("stl", "dreg", Score(all_sites=True))],
+    *[(iwae, name) for name in ("dreg", Score(all_sites=True))],
+]
+
+
+def label(value: Any) -> str | None:
+    return getattr(value, "__name__", None) or (repr(value) if isinstance(value, Estimator) else None)
+
+
+def test_get():
+    assert isinstance(get("dreg"), DReG)
+    assert [type(get(name)) for name in ("pathwise", "stl", "score")] == [Pathwise, STL, Score]
+    estimator = Score()
+    assert get(estimator) is estimator
+    with pytest.raises(ValueError, match="'sticking'"):
+        get("sticking")
+
+
+def test_dreg_factor():
+    log_w = torch.randn(4, 3)
+    w = torch.softmax(log_w, 0)
+    factor = DReG().factor
+    torch.testing.assert_close(factor(Renyi(0.0), log_w, 1.0), w)
+    torch.testing.assert_close(factor(Renyi(0.0), log_w, 2.0), 2 * w - 1)
+    tempered = torch.softmax(0.5 * log_w, 0)
+    torch.testing.assert_close(factor(Renyi(0.5), log_w, 1.0), 0.5 + 0.5 * tempered)
+    assert factor(Elbo(), log_w, 1.0) is None
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize(("recipe", "estimator"), COMBINATIONS, ids=label)
+def test_the_value_does_not_depend_on_the_estimator(
+    pair: str, recipe: Callable[..., Objective], estimator: str | Estimator
+):
+    model, guide = PAIRS[pair]()
+    x = data()
+    values = [
+        value_and_gradient(recipe(num_particles=3, estimator=e), model, guide, x)[0]
+        for e in ("pathwise", estimator)
+    ]
+    torch.testing.assert_close(*values, atol=1e-10, rtol=1e-10)
+
+
+def differences(
+    pair: tuple[Program, Program], ours: Objective, theirs: Objective, rows: int = ROWS
+) -> Tensor:
+    """``[repeats, parameters]`` of gradients at common seeds."""
+    x = data(rows)
+    return torch.stack(
+        [
+            value_and_gradient(ours, *pair, x, seed=seed)[1]
+            - value_and_gradient(theirs, *pair, x, seed=seed)[1]
+            for seed in range(REPEATS)
+        ]
+    )
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize(
+    ("recipe", "estimator"), [(elbo, "stl"), (iwae, "dreg")], ids=["elbo-stl", "iwae-dreg"]
+)
+def test_path_gradients_agree_with_pathwise(
+    pair: str, recipe: Callable[..., Objective], estimator: str
+):
+    objectives = [recipe(num_particles=4, estimator=e) for e in (estimator, "pathwise")]
+    difference = differences(PAIRS[pair](), *objectives)
+    assert difference.abs().max() > 1e-6  # two estimators, not one
+    assert sigmas(difference).abs().max() < 5
+
+
+@pytest.mark.parametrize("pair", ["top-down ladder", "coupling flow", "PyroParam"])
+@pytest.mark.parametrize("alpha", [0.5, -1.0])
+def test_dreg_for_any_renyi_bound(pair: str, alpha: float):
+    objectives = [renyi(alpha, 4, estimator) for estimator in ("dreg", "pathwise")]
+    assert sigmas(differences(PAIRS[pair](), *objectives)).abs().max() < 5
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("pair", ["PyroParam", "PyroParam ladder", "methods with pyro.module"])
+def test_dreg_under_both_homes_of_parameters(pair: str, local: bool):
+    with pyro.settings.context(module_local_params=local):
+        objectives = [iwae(4, estimator) for estimator in ("dreg", "pathwise")]
+        assert sigmas(differences(PAIRS[pair](), *objectives)).abs().max() < 5
+
+
+@pytest.mark.parametrize("pair", ["one latent", "top-down ladder"])
+@pytest.mark.parametrize("recipe", [elbo, iwae])
+def test_the_score_agrees_with_the_path(pair: str, recipe: Callable[..., Objective]):
+    objectives = [recipe(num_particles=2, estimator=e) for e in (Score(True), "pathwise")]
+    assert sigmas(differences(PAIRS[pair](), *objectives)).abs().max() < 5
+
+
+@pytest.mark.parametrize("recipe", [elbo, iwae])
+def test_path_gradients_vanish_at_the_exact_posterior(recipe: Callable[..., Objective]):
+    model, guide, x = LinearModel(), Guide(), data()
+    noise = (2 * model.log_scale).exp().detach()
+    w = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])  # orthogonal: the posterior is diagonal
+    variance = 1 / (1 + w.square().sum(0) / noise)
+    with torch.no_grad():
+        model.net.weight.copy_(w)
+        model.net.bias.zero_()
+        guide.net.weight.zero_()
+        guide.net.weight[:Z_DIM] = variance[:, None] * w.T / noise
+        guide.net.bias.copy_(torch.cat([torch.zeros(2), torch.log(torch.expm1(variance.sqrt() - 0.1))]))
+    loss = {}
+    for estimator in ("dreg", "pathwise"):
+        pyro.set_rng_seed(0)
+        loss[estimator] = recipe(num_particles=3, estimator=estimator)(model, guide)(x)
+    torch.testing.assert_close(loss["dreg"], -model.evidence(x).sum())
+    assert flat_gradient(loss["dreg"], guide.parameters()).abs().max() < 1e-12
+    assert flat_gradient(loss["pathwise"], guide.parameters()).abs().max() > 0.1
+
+
+def test_running_statistics_move_once():
+    """The second run of a guide of several sites leaves no trace."""
+    buffers = []
+    for estimator in ("pathwise", "dreg"):
+        pyro.set_rng_seed(0)
+        net = batch_norm()
+        iwae(3, estimator)(LadderModel(), BottomUp(net))(data()).backward()
+        buffers.append(torch.cat([buffer.flatten() for buffer in net.buffers()]))
+    torch.testing.assert_close(*buffers)
+
+
+# ---------------------------------------------------------------------------------------------
+# Discrete latents, against enumeration
+
+PRIOR = torch.tensor([0.2, 0.5, 0.3])
+MEANS = torch.tensor([-1.0, 0.5, 2.0])
+LOGITS = torch.tensor([0.4, -0.2, 0.1])
+X = 0.7
+
+
+def log_terms(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log q(y), log p(y), log p(x | y) for all y."""
+    return logits.log_softmax(0), PRIOR.log(), dist.Normal(MEANS, 1.0).log_prob(torch.tensor(X))
+
+
+def exact_elbo(logits: Tensor, scale: float) -> Tensor:
+    log_q, log_prior, log_p = log_terms(logits)
+    return (log_q.exp() * (log_p + scale * (log_prior - log_q))).sum()
+
+
+def exact_iwae(logits: Tensor, scale: float) -> Tensor:
+    log_q, log_prior, log_p = log_terms(logits)
+    log_w = log_p + scale * (log_prior - log_q)
+    pairs = torch.logaddexp(log_w[:, None], log_w) - torch.tensor(2.0).log()
+    return (log_q.exp()[:, None] * log_q.exp() * pairs).sum()
+
+
+WEIGHED: dict[str, tuple[Callable[[], Any], float]] = {
+    "plain": (lambda: poutine.scale(scale=1.0), 1.0),
+    "scaled": (lambda: poutine.scale(scale=0.2), 0.2),  # KL annealing
+    "masked": (lambda: poutine.mask(mask=torch.zeros(30_000, dtype=torch.bool)), 0.0),
+}
+
+
+@pytest.mark.parametrize("weighed", WEIGHED)
+@pytest.mark.parametrize(("recipe", "exact"), [(elbo, exact_elbo), (iwae, exact_iwae)], ids=label)
+def test_the_score_of_a_discrete_site(
+    weighed: str, recipe: Callable[..., Objective], exact: Callable[[Tensor, float], Tensor]
+):
+    """A scale or mask weighs what a draw counts; the score of the draw itself stays whole."""
+    handler, scale = WEIGHED[weighed]
+    rows = 30_000
+    logits = LOGITS.expand(rows, 3).clone().requires_grad_()  # a copy per row: a gradient per row
+
+    def model() -> None:
+        with pyro.plate("data", rows):
+            with handler():
+                y = pyro.sample("y", dist.Categorical(PRIOR))
+            pyro.sample("x", dist.Normal(MEANS[y], 1.0), obs=torch.full((rows,), X))
+
+    def guide() -> None:
+        with pyro.plate("data", rows), handler():
+            pyro.sample("y", dist.Categorical(logits=logits))
+
+    objective = recipe(num_particles=2, estimator="score")
+    loss = objective.differentiable_loss(model, guide)
+    (gradients,) = torch.autograd.grad(loss, logits)
+    wanted = LOGITS.clone().requires_grad_()
+    value = exact(wanted, scale)
+    (gradient,) = torch.autograd.grad(value, wanted)
+    assert sigmas(gradients + gradient).abs().max() < 5
+    assert sigmas(objective.rows(model, guide) - value.detach()).abs() < 5
+
+
+@pytest.mark.parametrize("sequential", [False, True], ids=["plate at -1", "sequential plate"])
+def test_the_score_under_a_subsampled_inner_plate(sequential: bool):
+    features = torch.tensor([0.7, -0.3, 1.5, 0.2])
+    logits = LOGITS.expand(4, 3).clone().requires_grad_()
+
+    def program(sample_x: bool) -> None:
+        def features_of(i: Tensor, name: str) -> None:
+            q = dist.Categorical(probs=PRIOR) if sample_x else dist.Categorical(logits=logits[i])
+            y = pyro.sample(f"y{name}", q)
+            if sample_x:
+                pyro.sample(f"x{name}", dist.Normal(MEANS[y], 1.0), obs=features[i])
+
+        plate = pyro.plate("features", 4, subsample_size=2, dim=None if sequential else -1)
+        if sequential:
+            for place, i in enumerate(plate):
+                features_of(i, str(place))
+        else:
+            with plate as i:
+                features_of(i, "")
+
+    objective = elbo(num_particles=8, estimator="score")
+    gradients = []
+    for _ in range(300):
+        loss = objective.differentiable_loss(lambda: program(True), lambda: program(False))
+        gradients.append(torch.autograd.grad(loss, logits)[0])
+
+    log_q = logits.log_softmax(-1)
+    log_p = dist.Normal(MEANS, 1.0).log_prob(features[:, None])
+    exact = (log_q.exp() * (log_p + PRIOR.log() - log_q)).sum()
+    (gradient,) = torch.autograd.grad(exact, logits)
+    assert sigmas(torch.stack(gradients) + gradient).abs().max() < 5
+
+
+def test_the_score_of_a_site_that_only_the_model_draws():
+    """Its draw is the proposal: E_p(y)[log p(x | y)] trains p(y) through the score."""
+    rows = 30_000
+    logits = LOGITS.expand(rows, 3).clone().requires_grad_()
+
+    def model() -> None:
+        with pyro.plate("data", rows):
+            y = pyro.sample("y", dist.Categorical(logits=logits))
+            pyro.sample("x", dist.Normal(MEANS[y], 1.0), obs=torch.full((rows,), X))
+
+    def guide() -> None:
+        pass
+
+    with pytest.raises(ValueError, match="'y'.*score"):
+        elbo().differentiable_loss(model, guide)
+    loss = elbo(num_particles=2, estimator="score").differentiable_loss(model, guide)
+    wanted = LOGITS.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad((wanted.softmax(0) * log_terms(wanted)[2]).sum(), wanted)
+    assert sigmas(torch.autograd.grad(loss, logits)[0] + gradient).abs().max() < 5
+
+
+def test_a_score_beside_a_path():
+    """y by its score, z | y by its path: the same gradient as when both take the score."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(Z_DIM + 3, X_DIM)
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                y = pyro.sample("y", dist.OneHotCategorical(PRIOR))
+                z = pyro.sample("z", dist.Normal(torch.zeros(Z_DIM), 1.0).to_event(1))
+                loc = self.net(torch.cat([z, y], -1))
+                pyro.sample("x", dist.Normal(loc, 0.8).to_event(1), obs=x)
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classes, self.net = nn.Linear(X_DIM, 3), nn.Linear(3, Z_DIM)
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                y = pyro.sample("y", dist.OneHotCategorical(logits=self.classes(x)))
+                pyro.sample("z", dist.Normal(self.net(y), 0.7).to_event(1))
+
+    pair = Model(), Both()
+    objectives = [elbo(num_particles=2, estimator=Score(all_sites)) for all_sites in (False, True)]
+    assert sigmas(differences(pair, *objectives, rows=100)).abs().max() < 5
+
+
+# ---------------------------------------------------------------------------------------------
+# Refusals
+
+
+def several_sites(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z1 = pyro.sample("z1", dist.Normal(torch.zeros(Z_DIM), 1.0).to_event(1))
+        pyro.sample("z2", dist.Normal(z1[..., :1], 1.0).to_event(1))
+
+
+class DiscreteGuide(Guide):
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.net(x)[..., :Z_DIM], 1.0).has_rsample_(False).to_event(1))
+
+
+REFUSED: dict[str, tuple[Callable[[], tuple[Program, Program]], tuple[str, ...], str]] = {
+    "planar flow": (
+        lambda: (LinearModel(), FlowGuide(lambda: flows.planar(2))),
+        ("stl", "dreg"),
+        "'z'.*no inverse.*pathwise",
+    ),
+    "dropout in a guide of several sites": (
+        lambda: (LadderModel(), BottomUp(mlp((X_DIM, 4, 2 * Z_DIM), dropout=0.5))),
+        ("stl", "dreg"),
+        r"'z2'.*dropout \(net.2\).*pathwise",
+    ),
+    "function of several sites": (
+        lambda: (LadderModel(), several_sites),
+        ("stl", "dreg"),
+        "'z2'.*must be a module.*pathwise",
+    ),
+    "no rsample": (
+        lambda: (LinearModel(), DiscreteGuide()),
+        ("pathwise", "stl", "dreg"),
+        "'z'.*no rsample.*score",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_at_the_first_call(case: str):
+    make, names, message = REFUSED[case]
+    model, guide = make()
+    for name in names:
+        with pytest.raises(ValueError, match=message):
+            elbo(estimator=name).differentiable_loss(model, guide, data())
+
+
+def test_what_is_refused_in_training_is_right_in_evaluation():
+    """Dropout that is off draws no second mask."""
+    model, guide = LadderModel(), BottomUp(mlp((X_DIM, 4, 2 * Z_DIM), dropout=0.5))
+    module = iwae(3, "dreg")(model, guide)
+    module.eval()
+    assert module(data()).requires_grad
+    module.train()
+    with pytest.raises(ValueError, match="dropout"):
+        module(data())
+
+
+@pytest.mark.parametrize("estimator", ["pathwise", "stl", "dreg", "score"])
+@pytest.mark.parametrize("recipe", [elbo, iwae])
+def test_a_guide_that_draws_nothing(estimator: str, recipe: Callable[..., Objective]):
+    if (recipe, estimator) == (iwae, "stl"):
+        return
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loc = nn.Parameter(torch.zeros(X_DIM))
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(self.loc, 1.0).to_event(1), obs=x)
+
+    model, x = Plain(), data()
+    loss = recipe(num_particles=3, estimator=estimator)(model, nn.Identity())(x)
+    torch.testing.assert_close(loss, -dist.Normal(0.0, 1.0).log_prob(x).sum())
+    torch.testing.assert_close(flat_gradient(loss, parameters(model)), -x.sum(0))
