@@ -42,7 +42,11 @@ def signal_to_noise(draws: Tensor) -> tuple[float, float]:
 
 
 def gradients(
-    objective: pv.Objective, model: torch.nn.Module, guide: torch.nn.Module, batch: pv.Batch, repeats: int
+    objective: pv.Objective,
+    model: torch.nn.Module,
+    guide: torch.nn.Module,
+    batch: pv.Batch,
+    repeats: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of guide and model ``[R, P]``."""
     loss = objective(model, guide)
@@ -62,7 +66,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--rows", type=int, default=8)
-    settings = vars(parser.parse_args()) | {"objective": "iwae", "trained_with": "iwae K=10", "seed": 0}
+    settings = vars(parser.parse_args()) | {
+        "objective": "iwae",
+        "trained_with": "iwae K=10",
+        "seed": 0,
+    }
     torch.manual_seed(0)
     train = pv.data.load("digits", "train", ["x"])
     model, guide = pv.pairs.vae(train, latent=8, hidden=(64, 64))

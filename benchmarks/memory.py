@@ -50,7 +50,9 @@ def main() -> None:
     records = []
     for k in KS:
         command = [sys.executable, "-m", "benchmarks.memory", "--rows", str(settings.rows)]
-        done = subprocess.run([*command, "--child", str(k)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [*command, "--child", str(k)], capture_output=True, text=True, check=True
+        )
         before, peak, seconds = map(float, done.stdout.split())
         records.append({"K": k, "before_mib": before, "peak_mib": peak, "seconds": seconds})
     lines = ["     K   before   peak MiB   seconds", "-" * 36]

@@ -1,8 +1,9 @@
 """Variational autoencoders as Pyro programs: any pair, any objective, numbers that can be trusted."""
 
-from pyro_vae import data, pairs
+from pyro_vae import conditionals, data, nn, objectives, pairs
 from pyro_vae.batch import Batch, Observed
 from pyro_vae.evaluation import Evaluation, evaluate
+from pyro_vae.linter import check
 from pyro_vae.objectives import Objective, beta_vae, elbo, iwae, mean_field, renyi
 from pyro_vae.training.compare import Comparison, compare
 from pyro_vae.training.fit import NonFiniteError, Run, fit
@@ -18,6 +19,8 @@ __all__ = [
     "Observed",
     "Run",
     "beta_vae",
+    "conditionals",
+    "check",
     "compare",
     "data",
     "elbo",
@@ -25,6 +28,8 @@ __all__ = [
     "fit",
     "iwae",
     "mean_field",
+    "nn",
+    "objectives",
     "pairs",
     "renyi",
 ]

@@ -39,15 +39,18 @@ def make_step(
         raise ValueError(f"compile: came {level!r}, wanted one of {list(LEVELS)}")
 
     def step(batch: Any) -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        total, rows = loss.loss_and_rows(batch)
-        per_row = total / rows
-        per_row.backward()
-        if clip is not None:
-            nn.utils.clip_grad_norm_(parameters, clip)
-        optimizer.step()
+        def closure() -> Tensor:  # which some optimizers evaluate several times
+            optimizer.zero_grad(set_to_none=True)
+            total, rows = loss.loss_and_rows(batch)
+            per_row = total / rows
+            per_row.backward()
+            if clip is not None:
+                nn.utils.clip_grad_norm_(parameters, clip)
+            return per_row.detach()
+
+        per_row: Tensor = optimizer.step(closure)  # type: ignore[assignment]
         if scheduler is not None:
             scheduler.step()
-        return per_row.detach()
+        return per_row
 
     return step

@@ -8,23 +8,27 @@ nothing: whatever it read off the data is in the modules' ``state_dict``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pyro_vae.batch import Batch
 from pyro_vae.conditionals.discrete import Bernoulli, Binomial, Categorical, ContinuousBernoulli
-from pyro_vae.conditionals.gaussian import DiagonalGaussian, Gaussian, StandardNormal
+from pyro_vae.conditionals.gaussian import DiagonalGaussian, Gaussian, OptimalSigma, StandardNormal
 from pyro_vae.conditionals.marginal import mean, spread
 from pyro_vae.guides.amortized import AmortizedGuide
 from pyro_vae.models.latent import LatentVariableModel
 from pyro_vae.nn.affine import Affine, OneHot
 from pyro_vae.nn.mlp import dense
 
-__all__ = ["inputs_for", "likelihood_for", "vae"]
+__all__ = ["inputs_for", "likelihood_for", "update_sigma", "vae"]
+
+BUILDERS = ("vae",)  # what builds a pair, of all that is here
 
 FEW_CLASSES = 16
+
+Run = Any  # of training.fit, which pairs do not import
 
 Part = nn.Module | Callable[..., nn.Module]
 """A ready conditional; or a class of them, or a function, that makes one."""
@@ -75,12 +79,23 @@ def vae(
         site: name of x.
 
     Raises:
-        ValueError: the site is missing or has no observed entry, or the likelihood does not take
-            its values.
+        ValueError: the site is missing or has no observed entry, the likelihood does not take its
+            values, sizes that are not whole numbers above 0, parts that build nothing.
     """
     data = _observed(batch, site)
     event_shape = data.shape[1:]
-    hidden = (hidden,) if isinstance(hidden, int) else tuple(hidden)
+    hidden = tuple(hidden) if isinstance(hidden, Sequence) else (hidden,)
+    if not all(isinstance(size, int) and size > 0 for size in (latent, *hidden)):
+        raise ValueError(
+            f"vae: came latent={latent!r}, hidden={hidden!r}, wanted whole numbers above 0"
+        )
+    parts = {"likelihood": likelihood, "prior": prior, "posterior": posterior}
+    for name, part in {**parts, "net": net, "activation": activation}.items():
+        if not (callable(part) or (part is None and name in parts)):
+            raise ValueError(
+                f"vae: came {name}={part!r}, wanted a class or a function that builds it (those of "
+                "pyro_vae.conditionals and pyro_vae.nn)"
+            )
 
     def decoder(outputs: Sequence[int]) -> nn.Module:
         return net((latent,), outputs, hidden[::-1], activation)
@@ -99,6 +114,34 @@ def vae(
     guide = AmortizedGuide(q, site=site).to(batch.device)
     _check_support(batch, site, p, torch.zeros(1, latent, device=batch.device), data)
     return model, guide
+
+
+def update_sigma(
+    data: Batch, site: str = "x", momentum: float = 1.0
+) -> Callable[[Run, dict[str, float]], None]:
+    """A callback of ``fit`` for a pair of ``vae`` whose likelihood is ``OptimalSigma``: after every
+    epoch its scale moves to the residuals of the training rows; evaluation finds it frozen.
+
+    Args:
+        data: training rows (or as many of them as the scale needs).
+        site: name of x.
+        momentum: weight of the new residuals.
+
+    Raises:
+        ValueError: at the first epoch, a likelihood without ``update``.
+    """
+
+    @torch.no_grad()
+    def callback(run: Run, record: dict[str, float]) -> None:
+        likelihood, batch = run.model.likelihood, data.to(run.config["device"])
+        if not isinstance(likelihood, OptimalSigma):
+            raise ValueError(
+                f"update_sigma: came a {type(likelihood).__name__} likelihood, wanted OptimalSigma"
+            )
+        z = run.guide.posterior(batch[site]).sample()
+        likelihood.update(batch[site], likelihood(z).mean, batch.mask(site), momentum)
+
+    return callback
 
 
 def likelihood_for(batch: Batch, site: str = "x") -> type[nn.Module]:
@@ -156,7 +199,9 @@ def _built(
 def _observed(batch: Batch, site: str) -> Tensor:
     """Values ``[N, *event]`` of a site in torch's default dtype, NaN where missing."""
     if site not in batch:
-        raise ValueError(f"site {site!r} is not in the batch, which has {list(batch.sites)}")
+        raise ValueError(
+            f"site {site!r} is not in the batch, which has {list(batch.sites)}; say which by site="
+        )
     data = batch[site].to(torch.get_default_dtype())
     if site in batch.incomplete:
         data = data.masked_fill(~batch.mask(site), torch.nan)

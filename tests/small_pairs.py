@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pyro
@@ -11,6 +11,7 @@ import torch
 from pyro.distributions import constraints
 from pyro.distributions import transforms as flows
 from pyro.nn import PyroModule, PyroParam
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
@@ -51,7 +52,8 @@ class LinearModel(nn.Module):
     def evidence(self, x: Tensor) -> Tensor:
         """log p(x) of each row."""
         w, noise = self.net.weight, torch.eye(X_DIM) * (2 * self.log_scale).exp()
-        return dist.MultivariateNormal(self.net.bias, w @ w.T + noise).log_prob(x)
+        log_p: Tensor = dist.MultivariateNormal(self.net.bias, w @ w.T + noise).log_prob(x)
+        return log_p
 
 
 class Guide(nn.Module):
@@ -71,6 +73,9 @@ class Guide(nn.Module):
 
 class PyroParamGuide(PyroModule):
     """A constrained parameter, which Pyro's store would put back."""
+
+    weight: Any
+    scale: Any
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,6 +186,9 @@ class TopDown(nn.Module):
 class PyroParamLadder(PyroModule):
     """Bottom-up, with constrained parameters."""
 
+    scale: Any
+    up: Any
+
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Linear(X_DIM, Z_DIM)
@@ -191,6 +199,27 @@ class PyroParamLadder(PyroModule):
         with pyro.plate("data", len(x)):
             z1 = pyro.sample("z1", dist.Normal(self.net(x), self.scale).to_event(1))
             pyro.sample("z2", dist.Normal(z1 @ self.up.T, 0.9).to_event(1))
+
+
+class _ScaleSites(Messenger):
+    def __init__(self, scales: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.scales = scales
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["scale"] = msg["scale"] * self.scales.get(msg["name"], 1.0)
+
+
+class Annealed(nn.Module):
+    """A program with ``poutine.scale`` around the sites that ``scales`` names."""
+
+    def __init__(self, program: nn.Module, scales: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.program, self.scales = program, scales
+
+    def forward(self, x: Tensor) -> None:
+        with _ScaleSites(self.scales):
+            self.program(x)
 
 
 def _vamp() -> tuple[Program, Program]:
@@ -235,7 +264,7 @@ PAIRS: dict[str, Callable[[], tuple[Program, Program]]] = {
 
 def parameters(*programs: Program) -> list[nn.Parameter]:
     """The parameters of modules and of the modules whose methods are given, each once."""
-    owners = [getattr(program, "__self__", program) for program in programs]
+    owners: list[Any] = [getattr(program, "__self__", program) for program in programs]
     unique = {id(p): p for owner in owners for p in owner.parameters()}
     return list(unique.values())
 
@@ -255,6 +284,11 @@ def value_and_gradient(
     pyro.set_rng_seed(seed)
     loss = objective.differentiable_loss(model, guide, *args, **kwargs)
     return loss.detach(), flat_gradient(loss, parameters(model, guide))
+
+
+def assert_same(ours: Any, wanted: Any) -> None:
+    """Equal to 1e-10; tensors, or tuples and mappings of them."""
+    torch.testing.assert_close(ours, wanted, atol=1e-10, rtol=1e-10)
 
 
 def sigmas(samples: Tensor) -> Tensor:

@@ -14,19 +14,33 @@ from pyro.distributions import transforms as flows
 from torch import Tensor, nn
 
 from pyro_vae.nn import mlp
-from pyro_vae.objectives import STL, DReG, Elbo, Estimator, Objective, Pathwise, Renyi, Score
-from pyro_vae.objectives import elbo, iwae, renyi
+from pyro_vae.objectives import (
+    STL,
+    Bound,
+    DReG,
+    Elbo,
+    Estimator,
+    Objective,
+    Pathwise,
+    Renyi,
+    Score,
+    elbo,
+    iwae,
+    renyi,
+)
 from pyro_vae.objectives.estimators import get
 from tests.small_pairs import (
     PAIRS,
     X_DIM,
     Z_DIM,
+    Annealed,
     BottomUp,
     FlowGuide,
     Guide,
     LadderModel,
     LinearModel,
     Program,
+    TopDown,
     batch_norm,
     data,
     flat_gradient,
@@ -44,7 +58,9 @@ COMBINATIONS = [
 
 
 def label(value: Any) -> str | None:
-    return getattr(value, "__name__", None) or (repr(value) if isinstance(value, Estimator) else None)
+    return getattr(value, "__name__", None) or (
+        repr(value) if isinstance(value, Estimator) else None
+    )
 
 
 def test_get():
@@ -59,7 +75,10 @@ def test_get():
 def test_dreg_factor():
     log_w = torch.randn(4, 3)
     w = torch.softmax(log_w, 0)
-    factor = DReG().factor
+
+    def factor(bound: Bound, log_w: Tensor, beta: float) -> Any:
+        return DReG().factor(bound, log_w, beta)
+
     torch.testing.assert_close(factor(Renyi(0.0), log_w, 1.0), w)
     torch.testing.assert_close(factor(Renyi(0.0), log_w, 2.0), 2 * w - 1)
     tempered = torch.softmax(0.5 * log_w, 0)
@@ -82,14 +101,13 @@ def test_the_value_does_not_depend_on_the_estimator(
 
 
 def differences(
-    pair: tuple[Program, Program], ours: Objective, theirs: Objective, rows: int = ROWS
+    pair: tuple[Program, Program], objectives: list[Objective], rows: int = ROWS
 ) -> Tensor:
     """``[repeats, parameters]`` of gradients at common seeds."""
     x = data(rows)
     return torch.stack(
         [
-            value_and_gradient(ours, *pair, x, seed=seed)[1]
-            - value_and_gradient(theirs, *pair, x, seed=seed)[1]
+            torch.sub(*(value_and_gradient(o, *pair, x, seed=seed)[1] for o in objectives))
             for seed in range(REPEATS)
         ]
     )
@@ -103,7 +121,7 @@ def test_path_gradients_agree_with_pathwise(
     pair: str, recipe: Callable[..., Objective], estimator: str
 ):
     objectives = [recipe(num_particles=4, estimator=e) for e in (estimator, "pathwise")]
-    difference = differences(PAIRS[pair](), *objectives)
+    difference = differences(PAIRS[pair](), objectives)
     assert difference.abs().max() > 1e-6  # two estimators, not one
     assert sigmas(difference).abs().max() < 5
 
@@ -112,7 +130,26 @@ def test_path_gradients_agree_with_pathwise(
 @pytest.mark.parametrize("alpha", [0.5, -1.0])
 def test_dreg_for_any_renyi_bound(pair: str, alpha: float):
     objectives = [renyi(alpha, 4, estimator) for estimator in ("dreg", "pathwise")]
-    assert sigmas(differences(PAIRS[pair](), *objectives)).abs().max() < 5
+    assert sigmas(differences(PAIRS[pair](), objectives)).abs().max() < 5
+
+
+@pytest.mark.parametrize(
+    "scales", [{"z1": 0.3, "z2": 0.3}, {"z1": 0.3}, {"z2": 0.3}, {"z1": 3.0}], ids=str
+)
+@pytest.mark.parametrize("guide", [TopDown, BottomUp])
+def test_dreg_knows_the_users_own_scale(guide: Callable[[], nn.Module], scales: dict[str, float]):
+    """KL annealing by hand, ``poutine.scale`` on the latents of both programs, is a beta."""
+    pair = Annealed(LadderModel(), scales), Annealed(guide(), scales)
+    objectives = [iwae(4, estimator) for estimator in ("dreg", "pathwise")]
+    assert sigmas(differences(pair, objectives)).abs().max() < 5
+
+
+def test_dreg_refuses_scales_that_it_cannot_tell_apart():
+    scales = {"z": torch.linspace(0.1, 1.0, 6)}
+    pair = Annealed(LinearModel(), scales), Annealed(Guide(), scales)
+    assert iwae(4).loss(*pair, data()) > 0
+    with pytest.raises(ValueError, match=r"'z'.*not one number.*pathwise"):
+        iwae(4, "dreg").differentiable_loss(*pair, data())
 
 
 @pytest.mark.parametrize("local", [False, True])
@@ -120,14 +157,14 @@ def test_dreg_for_any_renyi_bound(pair: str, alpha: float):
 def test_dreg_under_both_homes_of_parameters(pair: str, local: bool):
     with pyro.settings.context(module_local_params=local):
         objectives = [iwae(4, estimator) for estimator in ("dreg", "pathwise")]
-        assert sigmas(differences(PAIRS[pair](), *objectives)).abs().max() < 5
+        assert sigmas(differences(PAIRS[pair](), objectives)).abs().max() < 5
 
 
 @pytest.mark.parametrize("pair", ["one latent", "top-down ladder"])
 @pytest.mark.parametrize("recipe", [elbo, iwae])
 def test_the_score_agrees_with_the_path(pair: str, recipe: Callable[..., Objective]):
     objectives = [recipe(num_particles=2, estimator=e) for e in (Score(True), "pathwise")]
-    assert sigmas(differences(PAIRS[pair](), *objectives)).abs().max() < 5
+    assert sigmas(differences(PAIRS[pair](), objectives)).abs().max() < 5
 
 
 @pytest.mark.parametrize("recipe", [elbo, iwae])
@@ -139,9 +176,10 @@ def test_path_gradients_vanish_at_the_exact_posterior(recipe: Callable[..., Obje
     with torch.no_grad():
         model.net.weight.copy_(w)
         model.net.bias.zero_()
-        guide.net.weight.zero_()
-        guide.net.weight[:Z_DIM] = variance[:, None] * w.T / noise
-        guide.net.bias.copy_(torch.cat([torch.zeros(2), torch.log(torch.expm1(variance.sqrt() - 0.1))]))
+        loc, raw_scale = variance[:, None] * w.T / noise, (variance.sqrt() - 0.1).expm1().log()
+        weight, bias = guide.parameters()
+        weight.copy_(torch.cat([loc, torch.zeros_like(loc)]))
+        bias.copy_(torch.cat([torch.zeros(Z_DIM), raw_scale]))
     loss = {}
     for estimator in ("dreg", "pathwise"):
         pyro.set_rng_seed(0)
@@ -165,9 +203,9 @@ def test_running_statistics_move_once():
 # ---------------------------------------------------------------------------------------------
 # Discrete latents, against enumeration
 
-PRIOR = torch.tensor([0.2, 0.5, 0.3])
-MEANS = torch.tensor([-1.0, 0.5, 2.0])
-LOGITS = torch.tensor([0.4, -0.2, 0.1])
+PRIOR = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+MEANS = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)
+LOGITS = torch.tensor([0.4, -0.2, 0.1], dtype=torch.float64)
 X = 0.7
 
 
@@ -188,10 +226,11 @@ def exact_iwae(logits: Tensor, scale: float) -> Tensor:
     return (log_q.exp()[:, None] * log_q.exp() * pairs).sum()
 
 
+NOWHERE: Any = torch.zeros(30_000, dtype=torch.bool)
 WEIGHED: dict[str, tuple[Callable[[], Any], float]] = {
     "plain": (lambda: poutine.scale(scale=1.0), 1.0),
     "scaled": (lambda: poutine.scale(scale=0.2), 0.2),  # KL annealing
-    "masked": (lambda: poutine.mask(mask=torch.zeros(30_000, dtype=torch.bool)), 0.0),
+    "masked": (lambda: poutine.mask(mask=NOWHERE), 0.0),
 }
 
 
@@ -231,13 +270,13 @@ def test_the_score_under_a_subsampled_inner_plate(sequential: bool):
     logits = LOGITS.expand(4, 3).clone().requires_grad_()
 
     def program(sample_x: bool) -> None:
-        def features_of(i: Tensor, name: str) -> None:
+        def features_of(i: Any, name: str) -> None:
             q = dist.Categorical(probs=PRIOR) if sample_x else dist.Categorical(logits=logits[i])
             y = pyro.sample(f"y{name}", q)
             if sample_x:
                 pyro.sample(f"x{name}", dist.Normal(MEANS[y], 1.0), obs=features[i])
 
-        plate = pyro.plate("features", 4, subsample_size=2, dim=None if sequential else -1)
+        plate: Any = pyro.plate("features", 4, subsample_size=2, dim=None if sequential else -1)
         if sequential:
             for place, i in enumerate(plate):
                 features_of(i, str(place))
@@ -271,7 +310,7 @@ def test_the_score_of_a_site_that_only_the_model_draws():
     def guide() -> None:
         pass
 
-    with pytest.raises(ValueError, match="'y'.*score"):
+    with pytest.raises(ValueError, match=r"'y'.*score"):
         elbo().differentiable_loss(model, guide)
     loss = elbo(num_particles=2, estimator="score").differentiable_loss(model, guide)
     wanted = LOGITS.clone().requires_grad_()
@@ -306,7 +345,7 @@ def test_a_score_beside_a_path():
 
     pair = Model(), Both()
     objectives = [elbo(num_particles=2, estimator=Score(all_sites)) for all_sites in (False, True)]
-    assert sigmas(differences(pair, *objectives, rows=100)).abs().max() < 5
+    assert sigmas(differences(pair, objectives, rows=100)).abs().max() < 5
 
 
 # ---------------------------------------------------------------------------------------------
@@ -322,7 +361,8 @@ def several_sites(x: Tensor) -> None:
 class DiscreteGuide(Guide):
     def forward(self, x: Tensor) -> None:
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(self.net(x)[..., :Z_DIM], 1.0).has_rsample_(False).to_event(1))
+            q = dist.MultivariateNormal(self.net(x)[..., :Z_DIM], torch.eye(Z_DIM))
+            pyro.sample("z", q.has_rsample_(False))
 
 
 REFUSED: dict[str, tuple[Callable[[], tuple[Program, Program]], tuple[str, ...], str]] = {

@@ -23,7 +23,8 @@ from pyro_vae.conditionals import (
     StandardNormal,
 )
 from pyro_vae.nn import conv_resnet, convolutional, dense_resnet, mlp
-from pyro_vae.pairs import likelihood_for, vae
+from pyro_vae.pairs import likelihood_for, update_sigma, vae
+from pyro_vae.training.fit import fit
 
 
 def binary(n=40):
@@ -240,3 +241,23 @@ def test_optimal_sigma_finds_the_noise_of_a_linear_model():
             likelihood.update(batch["x"], likelihood(z).mean, batch.mask("x"), momentum=0.1)
     # E (x - m(z))² at the optimum of a linear Gaussian model is s² itself
     assert abs(float(likelihood.scale) - noise) < 0.01
+
+
+def test_update_sigma_tracks_the_residuals_of_the_training_rows():
+    batch = Batch({"x": torch.randn(60, 3) * torch.tensor([1.0, 2.0, 0.5])})
+    model, guide = vae(batch, latent=2, hidden=8, likelihood=OptimalSigma)
+    run = fit(model, guide, batch, epochs=3, batch_size=20, callbacks=[update_sigma(batch)])
+    torch.manual_seed(5)
+    update_sigma(batch)(run, {})
+    torch.manual_seed(5)
+    z = guide.posterior(batch["x"]).sample()
+    residuals = (batch["x"] - model.likelihood(z).mean).square().mean(0).sqrt()
+    torch.testing.assert_close(model.likelihood.scale, residuals)
+    assert bool((model.likelihood.scale < batch["x"].std(0) * 1.2).all())
+
+
+def test_update_sigma_wants_a_sigma():
+    batch = Batch({"x": torch.randn(20, 3)})
+    model, guide = vae(batch, latent=2, hidden=8)
+    with pytest.raises(ValueError, match="came a Gaussian likelihood, wanted OptimalSigma"):
+        fit(model, guide, batch, steps=1, callbacks=[update_sigma(batch)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pyro
 import pytest
 import torch
+from pyro.optim import Adam  # type: ignore[attr-defined]
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_vae.objectives import beta_vae, elbo, linear, schedules
@@ -89,9 +90,7 @@ def test_svi_advances_the_step_and_evaluation_does_not():
     def registered_guide(x):
         pyro.module("guide", guide)(x)
 
-    svi = pyro.infer.SVI(
-        registered_model, registered_guide, pyro.optim.Adam({"lr": 0.0}), objective
-    )
+    svi = pyro.infer.SVI(registered_model, registered_guide, Adam({"lr": 0.0}), objective)
 
     def seeded(call):
         pyro.set_rng_seed(1)

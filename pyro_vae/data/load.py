@@ -245,6 +245,8 @@ def _choose(
             f"{path}: arrays {loose} belong to no split, others are of {stored}; leave them out by "
             "sites="
         )
+    if split_name is None and "train" not in stored:
+        raise ValueError(f"{path}: has no training rows, only {stored}; name them SITE_train")
     chosen = "train" if split_name is None else split_name
     if chosen not in stored:
         raise ValueError(f"{path}: split= came {chosen!r}, wanted one of {stored}")

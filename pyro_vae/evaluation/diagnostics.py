@@ -9,6 +9,8 @@ from torch import Tensor
 
 __all__ = ["khat_threshold", "pareto_khat", "tail_length"]
 
+EQUAL = 1e-3  # nats
+
 
 def tail_length(num_particles: int) -> int:
     """Number of largest weights in the Pareto fit: min(K / 5, 3 sqrt(K)), rounded up."""
@@ -25,32 +27,42 @@ def khat_threshold(num_particles: int) -> float:
 def pareto_khat(largest: Tensor) -> Tensor:
     """Shape of a generalized Pareto distribution fitted to the largest importance weights.
 
-    The estimator of Zhang & Stephens (2009) with the weak prior of PSIS (Vehtari et al. 2024).
-
     Args:
         largest: ``[M + 1, B]`` log weights, the ``M = tail_length(K)`` largest of K and the next one,
             which is the cut-off; in any order.
 
     Returns:
-        ``[B]``; ``inf`` where fewer than 5 weights exceed the cut-off, -inf where all are equal.
+        ``[B]``; ``inf`` where fewer than 5 weights exceed the cut-off or one is not a number, -inf
+        where all are equal up to rounding (what is left of an exact posterior in float32).
     """
     log_w = largest.double().sort(0).values
     log_w = log_w - log_w[-1]
-    equal = log_w[0] == 0
-    tail = (log_w[1:].exp() - log_w[0].exp()).clamp(min=0)  # [M, B], ascending
+    cut = log_w[0].clamp(min=math.log(torch.finfo(torch.float64).tiny))
+    equal = (log_w[0] > -EQUAL) & (len(log_w) > 1)
+    khat = torch.where(equal, -torch.inf, torch.full_like(cut, torch.inf))
+    above = (log_w[1:] > cut).sum(0).masked_fill(equal, 0)  # less than M where weights are tied
+    for n in above.unique().tolist():
+        if n >= 5:
+            columns = above == n
+            khat[columns] = _shape(log_w[-n:, columns].exp() - cut[columns].exp())
+    return khat
+
+
+def _shape(tail: Tensor) -> Tensor:
+    """The estimator of Zhang & Stephens (2009) with the weak prior of PSIS (Vehtari et al. 2024).
+
+    Args:
+        tail: ``[n, B]`` exceedances, ascending.
+    """
     n = len(tail)
-    if n < 5:
-        return torch.where(equal, -torch.inf, torch.inf)
-    tail = tail.clamp(min=torch.finfo(torch.float64).tiny)
-    grid = torch.arange(1, 31 + int(n**0.5), dtype=torch.float64, device=tail.device)
+    grid = torch.arange(1, 31 + int(n**0.5), dtype=tail.dtype, device=tail.device)
     quartile = tail[int(n / 4 + 0.5) - 1]
-    b = (1 - torch.sqrt(len(grid) / (grid - 0.5)))[:, None] / (3 * quartile) + 1 / tail[-1]  # [G, B]
-    k = torch.stack([torch.log1p(-row * tail).mean(0) for row in b])  # [G, B], no [G, M, B] tensor
-    profile = n * (torch.log(-b / k) - k - 1)
-    weights = torch.softmax(profile, 0)
-    weights = torch.where(weights >= 10 * torch.finfo(torch.float64).eps, weights, 0.0)
+    steps = (1 - torch.sqrt(len(grid) / (grid - 0.5)))[:, None]
+    b = steps / (3 * quartile) + 1 / tail[-1]  # [G, B]
+    k = torch.stack([torch.log1p(-row * tail).mean(0) for row in b])  # [G, B], no [G, n, B] tensor
+    weights = torch.softmax(n * (torch.log(-b / k) - k - 1), 0)
+    weights = torch.where(weights >= 10 * torch.finfo(tail.dtype).eps, weights, 0.0)
     b_mean = (weights / weights.sum(0) * b).sum(0)
     khat = torch.log1p(-b_mean * tail).mean(0)
     khat = (n * khat + 10 * 0.5) / (n + 10)
-    few = (log_w[1:] > log_w[0]).sum(0) < 5
-    return torch.where(equal, -torch.inf, torch.where(few, torch.inf, khat))
+    return torch.where(khat.isnan(), torch.inf, khat)

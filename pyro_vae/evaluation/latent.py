@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.objectives.particles import Plan, run
+from pyro_vae.objectives.particles import Particles, Plan, run
 from pyro_vae.objectives.rates import Analytic
 
 __all__ = ["ACTIVE", "LatentTable", "active_units"]
@@ -25,7 +25,7 @@ class LatentTable:
     Attributes:
         elbo: ``[B]`` nats, one tensor a batch.
         rate: site -> ``[B, *dims]`` nats, analytic where a KL is known, else Monte Carlo.
-        mean: site -> ``[B, *event]`` E_q[z].
+        mean: site -> ``[2, B, *event]``, two estimates of E_q[z] from particles of their own.
     """
 
     elbo: list[Tensor] = field(default_factory=list)
@@ -33,28 +33,69 @@ class LatentTable:
     mean: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(
-        self, model: Program, guide: Program, args: tuple[Any, ...], plan: Plan, particles: int
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...],
+        plan: Plan,
+        particles: int,
+        chunk: int,
     ) -> None:
         """One batch of rows."""
-        table = run(model, guide, args, {}, plan, particles)
-        likelihood = table.total(table.likelihood)
-        rates = Analytic()(table, torch.zeros(()))
-        rate = table.total(rates)
-        assert likelihood is not None
-        self.elbo.append((likelihood if rate is None else likelihood - rate).mean(0))
-        for site, term in rates.items():
-            self.rate.setdefault(site, []).append(term.mean(0))
-        for site in table.posterior:
-            self.mean.setdefault(site, []).append(table.samples[site].to(likelihood).mean(0))
+        halves: list[dict[tuple[str, str], Tensor]] = [{}, {}]
+        count = max(1, particles // 2)
+        for half in halves:
+            for done in range(0, count, chunk):
+                size = min(chunk, count - done)
+                for key, term in _terms(run(model, guide, args, {}, plan, size)).items():
+                    term = term.sum(0) / count
+                    half[key] = half[key] + term if key in half else term
+        for kind, site in halves[0]:
+            both = torch.stack([half[kind, site] for half in halves])
+            if kind == "elbo":
+                self.elbo.append(both.mean(0))
+            elif kind == "rate":
+                self.rate.setdefault(site, []).append(both.mean(0))
+            else:
+                self.mean.setdefault(site, []).append(both)
 
 
 def active_units(mean: Tensor) -> Tensor:
     """Which latent dimensions vary with the data: Var_x(E_q[z]) > 0.01 (Burda et al. 2016).
 
     Args:
-        mean: ``[N, *event]`` posterior means.
+        mean: ``[2, N, *event]``, two estimates of the posterior means. Where their noise is
+            independent it does not count as variance, which it would with one estimate.
 
     Returns:
         bool ``[*event]``.
     """
-    return mean.var(0, unbiased=False) > ACTIVE
+    first, second = (mean - mean.mean(1, keepdim=True)).unbind()
+    return torch.gt((first * second).mean(0), ACTIVE)
+
+
+def _terms(particles: Particles) -> dict[tuple[str, str], Tensor]:
+    """Kind and site -> ``[K, B, ...]``."""
+    likelihood = particles.total(particles.likelihood)
+    rates = Analytic()(particles, torch.zeros(()))
+    rate = particles.total(rates)
+    assert likelihood is not None
+    terms = {("elbo", ""): likelihood if rate is None else likelihood - rate}
+    terms |= {("rate", site): term for site, term in rates.items()}
+    latents = [site for site in particles.posterior if site in particles.model]
+    return terms | {("mean", site): _mean(particles, site).to(likelihood) for site in latents}
+
+
+def _mean(particles: Particles, site: str) -> Tensor:
+    """The mean of a latent given what precedes it if it is known, else its draw: ``[K, B, *event]``."""
+    here, draw = particles.guide[site], particles.samples[site]
+    if here["infer"].get("observed") is not None:
+        return draw
+    try:
+        mean = here["fn"].mean
+    except NotImplementedError:
+        return draw
+    mean = particles.plan.canonical(
+        mean, here["fn"].event_dim, particles.num_particles, particles.local(site)
+    ).expand(draw.shape)
+    return draw if bool(mean.isnan().any()) else mean

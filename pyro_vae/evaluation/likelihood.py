@@ -19,10 +19,11 @@ from pyro_vae.batch import Batch, take
 from pyro_vae.evaluation.diagnostics import khat_threshold, pareto_khat, tail_length
 from pyro_vae.evaluation.latent import LatentTable, active_units
 from pyro_vae.evaluation.proposals import Proposal, candidates
-from pyro_vae.objectives.particles import Plan, core, make_plan, run
-from pyro_vae.objectives.swap import owner
+from pyro_vae.evaluation.store import own_parameters
+from pyro_vae.objectives.particles import Particles, Plan, core, make_plan, run
+from pyro_vae.objectives.swap import owner, preserved
 
-__all__ = ["Difference", "Evaluation", "evaluate", "mean_and_error"]
+__all__ = ["Difference", "Evaluation", "check_rows", "evaluate", "mean_and_error"]
 
 Program = Callable[..., Any]
 CELLS = 2_000_000  # entries of the data times particles held at a time
@@ -117,14 +118,15 @@ class Evaluation:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any]) -> Evaluation:
         """The inverse of ``arrays``."""
-        sites: dict[str, dict[str, Tensor]] = {"rate": {}, "active": {}}
+        sites: dict[str, Any] = {"rate": {}, "active": {}}
         for name in arrays:
             kind, _, site = name.partition("/")
             if site:
                 sites[kind][site] = torch.from_numpy(np.array(arrays[name]))
         num_particles, seed, proposals, notes = json.loads(str(arrays["settings"]))
+        rows: dict[str, Any] = {name: torch.from_numpy(np.array(arrays[name])) for name in _ROWS}
         return cls(
-            **{name: torch.from_numpy(np.array(arrays[name])) for name in _ROWS},
+            **rows,
             **sites,
             num_particles=num_particles,
             proposals=tuple(proposals),
@@ -183,20 +185,20 @@ def evaluate(
         ValueError: no rows, a latent outside the plate over rows, a posterior that is a point mass
             (its importance weights mean nothing; report its own bound).
     """
-    if num_particles < 1 or batch_size < 1:
-        raise ValueError(
-            f"evaluate: came num_particles={num_particles}, batch_size={batch_size}, wanted >= 1"
-        )
-    if len(data) == 0:
-        raise ValueError("evaluate: came a data set without rows")
+    numbers = {"num_particles": num_particles, "batch_size": batch_size, "chunk": chunk}
+    for name, number in numbers.items():
+        if number is not None and (not isinstance(number, int) or number < 1):
+            raise ValueError(f"evaluate: came {name}={number!r}, wanted a whole number >= 1")
+    check_rows("evaluate: data", data)
     with _judging(model, guide, seed):
+        data = data.to(_place(model, guide, data))
         args = (take(data, slice(0, 2)),)
         plan = make_plan(model, guide, args, {})
-        _admit(plan, model, guide, args)
+        table = _admitted(plan, model, guide, args)
+        options = candidates(table.guide, table.model) if widen else (Proposal(),)
         per_row = _entries(data)
         chunk = chunk or max(1, CELLS // (per_row * min(batch_size, len(data))))
-        options = _options(model, guide, args, plan) if widen else (Proposal(),)
-        table = LatentTable()
+        latents = LatentTable()
         halves = [torch.arange(start, len(data), 2) for start in range(min(2, len(data)))]
         chosen = [
             _choose(options, model, guide, data, plan, other, per_row) for other in reversed(halves)
@@ -205,7 +207,7 @@ def evaluate(
         for half, proposal in zip(halves, chosen, strict=True):
             for rows in half.split(batch_size):
                 args = (take(data, rows),)
-                table.add(model, guide, args, plan, min(num_particles, ELBO_PARTICLES, chunk))
+                latents.add(model, guide, args, plan, min(num_particles, ELBO_PARTICLES), chunk)
                 columns.append(_stream(proposal, model, guide, args, plan, num_particles, chunk))
         back = torch.cat(halves).argsort()
 
@@ -216,18 +218,33 @@ def evaluate(
         return Evaluation(
             log_p=log_p,
             log_p_tenth=tenth,
-            elbo=in_order(table.elbo),
+            elbo=in_order(latents.elbo),
             ess=ess,
             khat=khat,
-            rate={site: torch.cat(parts).mean(0).cpu() for site, parts in table.rate.items()},
+            rate={site: torch.cat(parts).mean(0).cpu() for site, parts in latents.rate.items()},
             active={
-                site: active_units(torch.cat(parts)).cpu() for site, parts in table.mean.items()
+                site: active_units(torch.cat(parts, 1)).cpu()
+                for site, parts in latents.mean.items()
             },
             num_particles=num_particles,
             proposals=tuple(dict.fromkeys(map(str, chosen))),
             seed=seed,
             notes=plan.notes,
         )
+
+
+def check_rows(what: str, data: Any) -> None:
+    """Refuse what is no data set of at least one row.
+
+    Raises:
+        ValueError: naming ``what`` it is.
+    """
+    if not isinstance(data, Batch | Tensor):
+        raise ValueError(f"{what} came as {type(data).__name__}, wanted a Batch or a tensor")
+    if isinstance(data, Tensor) and data.dim() == 0:
+        raise ValueError(f"{what} came as a single number, wanted rows [N, *event]")
+    if len(data) == 0:
+        raise ValueError(f"{what} came without rows")
 
 
 @contextmanager
@@ -238,7 +255,12 @@ def _judging(model: Program, guide: Program, seed: int) -> Iterator[None]:
     for module in modules:
         module.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(), pyro.validation_enabled(False):
+        with (
+            own_parameters(model, guide),
+            preserved(model, guide),
+            torch.no_grad(),
+            pyro.validation_enabled(False),
+        ):
             torch.manual_seed(seed)
             yield
     finally:
@@ -246,27 +268,31 @@ def _judging(model: Program, guide: Program, seed: int) -> Iterator[None]:
             part.training = mode
 
 
-def _admit(plan: Plan, model: Program, guide: Program, args: tuple[Any, ...]) -> None:
+def _place(model: Program, guide: Program, data: Batch | Tensor) -> torch.device:
+    """Where the pair's parameters live; functions are taken to be where the data are."""
+    modules = [m for program in (model, guide) if (m := owner(program)) is not None]
+    places = [parameter.device for module in modules for parameter in module.parameters()]
+    return places[0] if places else data.device
+
+
+def _admitted(plan: Plan, model: Program, guide: Program, args: tuple[Any, ...]) -> Particles:
+    """One pass over a pair that can be judged."""
     if not plan.rows or plan.outside:
         raise ValueError(
             f"evaluate: sites {sorted(plan.outside)} lie outside the plate over rows, so log p of a "
             "row is not defined; put every site into that plate"
         )
-    table = run(model, guide, args, {}, plan, 1)
+    table, other = (run(model, guide, args, {}, plan, 1) for _ in range(2))
     auxiliary = any(site["infer"].get("is_auxiliary") for site in table.guide.values())
     for name, site in table.guide.items():
-        if isinstance(core(site["fn"]), dist.Delta) and not auxiliary:
+        # autoguides draw an auxiliary site and transform it: such a point is another one each time
+        moves = auxiliary and not torch.equal(table.samples[name], other.samples[name])
+        if isinstance(core(site["fn"]), dist.Delta) and not moves:
             raise ValueError(
                 f"evaluate: site {name!r} has a point mass as posterior, whose importance weights "
                 "mean nothing; report its own bound"
             )
-
-
-def _options(
-    model: Program, guide: Program, args: tuple[Any, ...], plan: Plan
-) -> tuple[Proposal, ...]:
-    table = run(model, guide, args, {}, plan, 1)
-    return candidates(table.guide, table.model)
+    return table
 
 
 def _entries(data: Batch | Tensor) -> int:
@@ -324,7 +350,9 @@ def _stream(
         largest = largest.topk(min(keep, len(largest)), 0).values
         if done == tenth:
             at_tenth = total - math.log(tenth)
-    assert total is not None and squares is not None and at_tenth is not None
+    assert total is not None
+    assert squares is not None
+    assert at_tenth is not None
     assert largest is not None
     ess = torch.exp(2 * total - squares)
     return total - math.log(num_particles), at_tenth, ess, pareto_khat(largest)

@@ -42,8 +42,9 @@ class Proposal:
         self, model: Program, guide: Program, args: tuple[Any, ...], plan: Plan, size: int
     ) -> Tensor:
         """log p(x, z) - log q(z) of ``size`` particles, ``[K, B]``."""
-        from_prior = round(self.prior_share * size)
-        share = from_prior / size
+        # How many come from the prior is drawn too: particles are then independent draws from one
+        # mixture, so that chunks of any size add up to the same estimate.
+        from_prior = int((torch.rand(size) < self.prior_share).sum()) if self.prior_share else 0
         parts = []
         if size > from_prior:
             widen = [_Widen(self.scale)] if self.scale != 1.0 else []
@@ -51,7 +52,7 @@ class Proposal:
         if from_prior:
             latents = _prior_draws(model, args, plan, from_prior)
             parts.append(run(model, guide, args, {}, plan, from_prior, handlers=[Replay(latents)]))
-        return torch.cat([_log_w(particles, share) for particles in parts])
+        return torch.cat([_log_w(particles, self.prior_share) for particles in parts])
 
     def __str__(self) -> str:
         if self.prior_share:
@@ -65,13 +66,28 @@ def candidates(
     """The proposals that make sense for a pair, the guide itself first."""
     if any(widened(site["fn"], 2.0) is not None for site in guide_sites.values()):
         return tuple(Proposal(scale=scale) for scale in SCALES)
-    plain = all(
-        name in model_sites and site["infer"].get("observed") is None
-        for name, site in guide_sites.items()
-    )
-    if plain and not any(isinstance(core(s["fn"]), dist.Delta) for s in guide_sites.values()):
+    if _takes_prior_draws(guide_sites, model_sites):
         return tuple(Proposal(prior_share=share) for share in SHARES)
     return (Proposal(),)
+
+
+def _takes_prior_draws(guide_sites: Mapping[str, Any], model_sites: Mapping[str, Any]) -> bool:
+    """Whether the guide's density of a draw from the prior is known, and the prior's own."""
+    drawn = False  # a draw that only the model makes, on which the prior of a latent may depend
+    for name, site in model_sites.items():
+        if name in guide_sites and drawn:
+            return False
+        drawn |= name not in guide_sites and (not site["is_observed"] or "drawn" in site["infer"])
+    for name, site in guide_sites.items():
+        if name not in model_sites or site["infer"].get("observed") is not None:
+            return False
+        if isinstance(core(site["fn"]), dist.Delta):
+            return False
+        try:
+            site["fn"].log_prob(site["value"].clone())
+        except (KeyError, NotImplementedError):  # a flow without inverse
+            return False
+    return bool(guide_sites)
 
 
 def widened(fn: Any, scale: float) -> Any:
@@ -104,9 +120,7 @@ class _Widen(Messenger):
                 msg["fn"] = fn
 
 
-def _prior_draws(
-    model: Program, args: tuple[Any, ...], plan: Plan, size: int
-) -> dict[str, Tensor]:
+def _prior_draws(model: Program, args: tuple[Any, ...], plan: Plan, size: int) -> dict[str, Tensor]:
     """The guide's latents, drawn from the model given the data's place but not its values."""
     bare, batch = unwrap(model, args)
     latents = {name for name, _ in plan.sites[0]}
@@ -117,13 +131,9 @@ def _prior_draws(
 
 def _log_w(particles: Particles, share: float) -> Tensor:
     likelihood, prior, posterior = (
-        particles.total(terms)
+        torch.zeros(()) if (total := particles.total(terms)) is None else total
         for terms in (particles.likelihood, particles.prior, particles.posterior)
     )
-    assert likelihood is not None
-    if prior is None or posterior is None:  # nothing is latent, or all of it is drawn from the model
-        return likelihood - (posterior if posterior is not None else 0.0)
-    if share == 0:
-        return likelihood + prior - posterior
-    mixture = torch.logaddexp(posterior + math.log1p(-share), prior + math.log(share))
-    return likelihood + prior - mixture
+    if share:
+        posterior = torch.logaddexp(posterior + math.log1p(-share), prior + math.log(share))
+    return likelihood + prior - posterior

@@ -22,6 +22,7 @@ from pyro_vae.objectives.particles import (
     Particles,
     Plan,
     SitesChanged,
+    log_q_at_rest,
     make_plan,
     run,
 )
@@ -138,8 +139,19 @@ class Objective(ELBO):
         Raises:
             ValueError: no plate over rows.
         """
+        return self.rows_at(model, guide, args, kwargs, self._svi_step)
+
+    def rows_at(
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        step: Tensor,
+    ) -> Tensor:
+        """``rows`` at a step of the schedules."""
         with torch.no_grad():
-            chunks = self._chunks(model, guide, args, kwargs, self._svi_step)
+            chunks = self._chunks(model, guide, args, kwargs, step)
             log_w = _join(chunk.log_w for chunk in chunks)
         if log_w is None:
             raise ValueError(
@@ -229,6 +241,8 @@ class Objective(ELBO):
         batch = args[0] if args and isinstance(args[0], Batch) else None
         weight = first.scale
         if batch is not None and batch.weights is not None:
+            if log_w is None:
+                raise ValueError("weights: came row weights, but the model has no plate over rows")
             weight = weight * batch.weights
         value = surrogate = torch.zeros((), device=step.device)
         rows = first.plate_scale
@@ -316,12 +330,20 @@ class Objective(ELBO):
     ) -> _Chunk:
         model, guide = plan.programs
         scores = self.estimator.scores if self._has_scores(plan) else None
-        particles = run(
-            *(model, guide, args, kwargs, plan, size),
-            boundary=boundary,
-            scores=scores,
-            subsamples=subsamples,
-        )
+        try:
+            particles = run(
+                *(model, guide, args, kwargs, plan, size),
+                boundary=boundary,
+                scores=scores,
+                subsamples=subsamples,
+            )
+        except Exception as error:
+            if size > 1 and not isinstance(error, SitesChanged):  # the plan's one particle ran
+                error.add_note(
+                    f"{size} particles stand at dim {-1 - plan.nesting}; for a program that can't "
+                    "take this dim, chunk=1 runs particle by particle without it"
+                )
+            raise
         if self.bound.linear:  # E[grad log q] = 0: noise that a mean over particles can do without
             scored = particles.score.keys() & particles.posterior.keys()
             particles.posterior |= {site: particles.posterior[site].detach() for site in scored}
@@ -333,7 +355,7 @@ class Objective(ELBO):
         beta: float | Tensor = 1.0
         rest = None
         if boundary is not None and not self.bound.linear:
-            beta, rest = self._split_betas(particles, step)
+            beta, rest = self._split_betas(particles, args, kwargs, step)
         return _Chunk(
             size=size,
             log_w=log_w,
@@ -354,13 +376,22 @@ class Objective(ELBO):
         return self.estimator.scores("", True) or bool(plan.unreparameterized or plan.drawn_parents)
 
     def _split_betas(
-        self, particles: Particles, step: Tensor
+        self, particles: Particles, args: tuple[Any, ...], kwargs: dict[str, Any], step: Tensor
     ) -> tuple[float | Tensor, Tensor | None]:
         """The beta that all sites share, which enters DReG's factor, and the score terms
-        (beta_l - beta) log q_l of the sites that have more of it."""
+        (beta_l - beta) log q_l of the sites that have more of it. A user's scale on a site is one."""
         betas = self.rate.betas(particles, step)
         if not betas:  # everything is observed
             return 1.0, None
+        for site, beta in betas.items():
+            weight = particles.weight(site)
+            if isinstance(weight, Tensor) and weight.dim():
+                raise ValueError(
+                    f"estimator {self.estimator!r}: site {site!r} has a scale of its own that is "
+                    "not one number; scale all sites alike, or use estimator='pathwise'"
+                )
+            if isinstance(weight, Tensor) or weight != 1:
+                betas[site] = beta * weight
         numbers = [torch.as_tensor(beta) for beta in betas.values()]
         if len(betas) == 1 or all(beta is numbers[0] for beta in numbers):
             return next(iter(betas.values())), None
@@ -372,7 +403,8 @@ class Objective(ELBO):
             common = torch.stack(
                 [n.to(step.device, torch.get_default_dtype()) for n in numbers]
             ).amin()
-        extra = {site: (beta - common) * particles.log_q(site) for site, beta in betas.items()}
+        log_q = log_q_at_rest(particles, args, kwargs)
+        extra = {site: (beta - common) * log_q[site] for site, beta in betas.items()}
         return common, particles.total(extra)
 
     def __repr__(self) -> str:
@@ -404,6 +436,10 @@ class ObjectiveModule(ELBOModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.loss_and_rows(*args, **kwargs)[0]
+
+    def rows(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The bound of each row ``[B]`` in nats at the module's step; see ``Objective.rows``."""
+        return self.elbo.rows_at(self.model, self.guide, args, kwargs, self.step)
 
     def loss_and_rows(self, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
         """The loss and the number of rows it stands for."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -30,8 +30,10 @@ __all__ = [
     "Problem",
     "Replay",
     "SitesChanged",
+    "broadcasts",
     "core",
     "elementwise",
+    "log_q_at_rest",
     "make_plan",
     "problems",
     "run",
@@ -181,10 +183,10 @@ class Particles:
         ]
         return sum(parts[1:], start=parts[0]) if parts else None
 
-    def log_q(self, site: str) -> Tensor:
-        """log q of the detached draw under live parameters (a score)."""
-        value = self.guide[site]["value"].detach()
-        return self._density(self.guide[site], value)
+    def weight(self, site: str) -> float | Tensor:
+        """What the user's own scale makes of log q at a latent site."""
+        here = self.guide[site]
+        return 0.0 if here["mask"] is False else self._inner_scale(here)
 
     def log_draw(self, site: Site) -> Tensor:
         """Log density with which a detached draw was made: scales and masks weigh what a draw
@@ -203,8 +205,10 @@ class Particles:
         log_prob, event_dim = elementwise(site["fn"], site["value"] if value is None else value)
         return self._weigh(site, log_prob, event_dim)
 
-    def _weigh(self, site: Site, term: Tensor, event_dim: int) -> Tensor:
-        scale, mask = self._inner_scale(site), site["mask"]
+    def _weigh(
+        self, site: Site, term: Tensor, event_dim: int, scale: float | Tensor | None = None
+    ) -> Tensor:
+        scale, mask = self._inner_scale(site) if scale is None else scale, site["mask"]
         if isinstance(scale, Tensor) and scale.dim():
             scale = scale[(...,) + (None,) * event_dim]
         if isinstance(mask, Tensor) and mask.dim():
@@ -380,7 +384,8 @@ def run(
     if scores is not None:
         for name, site in guide_sites.items():
             if scores(name, site["fn"].has_rsample) and name in particles.posterior:
-                particles.score[name] = _where_drawn(particles, site, site["infer"].get("observed"))
+                observed, density = site["infer"].get("observed"), particles.log_draw(site)
+                particles.score[name] = _where_drawn(particles, site, observed, density)
     return particles
 
 
@@ -398,12 +403,14 @@ def _fill_model(particles: Particles, scores: Callable[[str, bool], bool] | None
                 density = torch.where(mask, zero, density)
             particles.prior[name] = density
         if scores is not None and name in particles.plan.drawn_parents:
-            particles.score[name] = _where_drawn(particles, site, site["infer"].get("drawn"))
+            drawn = site["infer"].get("drawn")
+            particles.score[name] = _where_drawn(particles, site, drawn, particles.log_draw(site))
 
 
-def _where_drawn(particles: Particles, site: Site, observed: Tensor | None) -> Tensor:
-    """``log_draw`` of the entries that are not data."""
-    density = particles.log_draw(site)
+def _where_drawn(
+    particles: Particles, site: Site, observed: Tensor | None, density: Tensor
+) -> Tensor:
+    """A density of the entries that are not data."""
     if observed is None:
         return density
     mask = _fit(observed, density, site["fn"].event_dim, particles.plan, site["name"])
@@ -414,12 +421,8 @@ def _fill_guide(particles: Particles, densities: Mapping[str, Tensor]) -> None:
     for name, density in densities.items():
         site = particles.guide[name]
         observed = site["infer"].get("observed")
-        if observed is True:
-            continue
-        if observed is not None:
-            mask = _fit(observed, density, site["fn"].event_dim, particles.plan, name)
-            density = torch.where(mask, density.new_zeros(()), density)
-        particles.posterior[name] = density
+        if observed is not True:
+            particles.posterior[name] = _where_drawn(particles, site, observed, density)
 
 
 def _fit(mask: Tensor, density: Tensor, event_dim: int, plan: Plan, site: str) -> Tensor:
@@ -442,7 +445,7 @@ def _constant_in_place(particles: Particles, draws: Mapping[str, Tensor]) -> dic
     distribution object, so that dropout, flows and function guides are right without a second run."""
     ((name, site),) = particles.guide.items()
     at_boundary = particles._density(site, draws[name])
-    score = particles.log_q(name)
+    score = particles._density(site, site["value"].detach())
     return {name: at_boundary - score + score.detach()}
 
 
@@ -465,6 +468,29 @@ def _constant_rerun(
             guide, args, kwargs, handlers, particles.num_particles, particles.plan.nesting
         )
         return {name: particles._density(site) for name, site in sites.items()}
+
+
+def log_q_at_rest(
+    particles: Particles, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """log q of each latent at its draw, under live parameters and without the user's scales. Draws
+    are detached, the ones that later sites depend on as well, so that nothing but the score is left."""
+    guide, sites = particles.plan.programs[1], particles.guide
+    values = {name: site["value"].detach() for name, site in sites.items()}
+    if len(sites) > 1:
+        module, plan = owner(guide), particles.plan
+        assert module is not None
+        buffers = {id(b): b.clone() for b in module.buffers()}
+        handlers = [Replay({**particles.subsamples, **values})]
+        with swapped(module, buffers), poutine.block():
+            sites, _ = trace(guide, args, kwargs, handlers, particles.num_particles, plan.nesting)
+    out = {}
+    for name in particles.posterior:
+        log_prob, event_dim = elementwise(sites[name]["fn"], values[name])
+        density = particles._weigh(sites[name], log_prob, event_dim, scale=1.0)
+        observed = particles.guide[name]["infer"].get("observed")
+        out[name] = _where_drawn(particles, sites[name], observed, density)
+    return out
 
 
 def _row_scales(
@@ -604,10 +630,11 @@ def problems(
                 f"the guide draws it, but the model's sites are {list(model)}",
                 "rename it, or mark it infer={'is_auxiliary': True}",
             )
-    for source, sites in (("model", model), ("guide", guide)):
+    for source, sites in (("guide", guide), ("model", model)):  # the model sees the guide's draws
         for site in sites.values():
-            yield from _broadcasts(source, site)
-    if not any(site["is_observed"] or "observed" in site["infer"] for site in model.values()):
+            yield from broadcasts(source, site)
+    observed = any(site["is_observed"] or "observed" in site["infer"] for site in model.values())
+    if not observed and (model or batch is not None):  # a model may have nothing to do in a call
         held = f"the batch holds {list(batch.sites)}" if batch is not None else "no obs= was given"
         yield Problem(
             None,
@@ -627,7 +654,7 @@ def _disagreements(name: str, p: Site, q: Site) -> Iterator[Problem]:
             "make them equal",
         )
         return
-    with torch.no_grad():
+    with torch.no_grad(), suppress(NotImplementedError):  # distributions that have no support
         if not bool(p["fn"].support.check(q["value"]).all()):
             yield Problem(
                 name,
@@ -637,7 +664,8 @@ def _disagreements(name: str, p: Site, q: Site) -> Iterator[Problem]:
             )
 
 
-def _broadcasts(source: str, site: Site) -> Iterator[Problem]:
+def broadcasts(source: str, site: Site) -> Iterator[Problem]:
+    """Where a site has a batch dim beyond its plates."""
     shape = site["fn"].batch_shape
     covered = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
     for dim in range(-len(shape), 0):
@@ -666,7 +694,7 @@ def _rows(
 ) -> tuple[tuple[int, ...], frozenset[str]]:
     """The plates over rows: those of the observed sites that every site inside any of them shares."""
     observed = [_frames(s) for s in model.values() if s["is_observed"] or "observed" in s["infer"]]
-    shared = frozenset.intersection(*observed)
+    shared = frozenset.intersection(*observed) if observed else frozenset()
     inside = [_frames(site) for site in model.values() if _frames(site) & shared]
     rows = frozenset.intersection(*inside) if inside else frozenset()
     dims = {dim for _, dim in rows}
@@ -699,6 +727,8 @@ def _analytic(
     in_model, in_guide = [n for n in model if n in guide], [n for n in guide if n in model]
     for place, name in enumerate(in_guide):
         p, q = model[name], guide[name]
+        if q["infer"].get("observed") is True:  # data: nothing is drawn
+            continue
         late = set(in_model[: in_model.index(name)]) - set(in_guide[:place])
         if late:
             why = f"the model draws {', '.join(sorted(late))} before it, the guide does not"

@@ -114,8 +114,14 @@ class Beta(Rate):
         return schedules.value(self.beta.get(site, 1.0), step)
 
     def __repr__(self) -> str:
-        beta = getattr(self.beta, "__qualname__", self.beta)
-        return f"beta({beta}, {self.rate!r})"
+        if isinstance(self.beta, dict):
+            sites = ", ".join(f"{site}: {_name(beta)}" for site, beta in self.beta.items())
+            return f"beta({{{sites}}}, {self.rate!r})"
+        return f"beta({_name(self.beta)}, {self.rate!r})"
+
+
+def _name(beta: float | Schedule) -> str:
+    return str(getattr(beta, "__qualname__", beta))
 
 
 def _subtract(log_q: Tensor, log_p: Tensor) -> Tensor:

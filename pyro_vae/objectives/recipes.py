@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import re
 from ast import literal_eval
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pyro_vae.objectives.bounds import Elbo, Renyi
 from pyro_vae.objectives.estimators import Estimator
 from pyro_vae.objectives.objective import Objective
 from pyro_vae.objectives.rates import Analytic, Beta, MonteCarlo
-from pyro_vae.objectives.schedules import Schedule
+from pyro_vae.objectives.schedules import Schedule, linear
 
-__all__ = ["beta_vae", "elbo", "iwae", "mean_field", "parse", "renyi"]
+__all__ = ["arguments", "beta_vae", "elbo", "iwae", "mean_field", "parse", "recipes", "renyi"]
 
 
 def elbo(
@@ -65,30 +66,57 @@ def beta_vae(
     return Objective(Elbo(), estimator, rate, num_particles=num_particles, **parts)
 
 
+def recipes() -> dict[str, Callable[..., Objective]]:
+    """Every recipe by its name."""
+    return {recipe.__name__: recipe for recipe in (elbo, mean_field, iwae, renyi, beta_vae)}
+
+
+def arguments(recipe: Callable[..., Objective]) -> dict[str, Any]:
+    """What a spec may say of a recipe: argument -> default (``Parameter.empty``: there is none)."""
+    parameters = inspect.signature(recipe).parameters.values()
+    named = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
+    return {**named, "chunk": None}
+
+
 def parse(spec: str) -> Objective:
     """An objective from ``"iwae:num_particles=50,estimator=dreg"``: a recipe's name and arguments.
+
+    Values are numbers, ``linear(1000)`` and, for beta, ``{'z': 2}``.
 
     Raises:
         ValueError: unknown recipe, unknown or missing argument, a value that the recipe refuses.
     """
     name, _, rest = spec.partition(":")
-    recipes = {n: globals()[n] for n in __all__ if n != "parse"}
-    if name not in recipes:
-        raise ValueError(f"objective: came {name!r}, wanted one of {sorted(recipes)}")
-    arguments: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise ValueError(f"objective {spec!r}: came {item!r}, wanted argument=value")
-        arguments[key.strip()] = literal(value.strip())
-    known = list(inspect.signature(recipes[name]).parameters)[:-1]
-    allowed = [*known, "chunk"]
-    if unknown := [key for key in arguments if key not in allowed]:
-        raise ValueError(f"objective {name!r}: came {unknown[0]!r}, wanted one of {allowed}")
+    if name not in recipes():
+        raise ValueError(f"objective: came {name!r}, wanted one of {list(recipes())}")
+    recipe = recipes()[name]
+    known = arguments(recipe)
+    given: dict[str, Any] = {}
     try:
-        return recipes[name](**arguments)  # type: ignore[no-any-return]
-    except TypeError as error:  # a missing argument, or a word where a number is wanted
-        raise ValueError(f"objective {spec!r}: {error}") from None
+        for item in filter(None, re.split(r",(?=\s*\w+\s*=|$)", rest)):  # no commas inside a value
+            key, _, value = (part.strip() for part in item.partition("="))
+            if not value:
+                raise ValueError(f"objective {spec!r}: came {item!r}, wanted argument=value")
+            if key not in known:
+                raise ValueError(f"objective {name!r}: came {key!r}, wanted one of {list(known)}")
+            given[key] = _schedule(value) or literal(value)
+            if isinstance(given[key], str) and key != "estimator":
+                raise ValueError(f"objective {name!r}: came {key}={value!r}, wanted a number")
+        empty = inspect.Parameter.empty
+        if missing := [key for key in known if known[key] is empty and key not in given]:
+            wanted = ",".join(f"{key}=..." for key in missing)
+            raise ValueError(
+                f"objective {name!r}: came without {missing[0]}, wanted {name}:{wanted}"
+            )
+        return recipe(**given)
+    except TypeError as error:  # a tuple or a schedule where a number is wanted
+        raise ValueError(f"objective {spec!r}: a value of the wrong kind ({error})") from None
+
+
+def _schedule(text: str) -> Schedule | None:
+    """``linear(1000)``, or None for what is no schedule."""
+    match = re.fullmatch(r"linear\((.+)\)", text)
+    return linear(*map(literal, match[1].split(","))) if match else None
 
 
 def literal(text: str) -> Any:

@@ -31,7 +31,9 @@ def swapped(module: nn.Module, new: Mapping[int, Tensor]) -> Iterator[None]:
     """
     undo: list[tuple[dict[str, Any], str, Any]] = []
     store = pyro.get_param_store()._params
-    homes: list[Any] = [home for part in module.modules() for home in (part._parameters, part._buffers)]
+    homes: list[Any] = [
+        home for part in module.modules() for home in (part._parameters, part._buffers)
+    ]
     for home in [*homes, store]:
         for name, tensor in home.items():
             if id(tensor) in new:

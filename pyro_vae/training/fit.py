@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,8 @@ from tqdm import tqdm
 
 from pyro_vae.batch import Batch, take
 from pyro_vae.compiled import make_step
-from pyro_vae.evaluation.likelihood import Evaluation, evaluate
+from pyro_vae.evaluation.likelihood import Evaluation, check_rows, evaluate
+from pyro_vae.evaluation.store import own_parameters
 from pyro_vae.objectives.objective import Objective, ObjectiveModule
 from pyro_vae.objectives.particles import run as run_particles
 from pyro_vae.objectives.recipes import elbo
@@ -61,7 +61,9 @@ class Run:
     stopped: str = ""
     notes: tuple[str, ...] = ()
 
-    def evaluate(self, data: Batch | Tensor, num_particles: int = 500, **options: Any) -> Evaluation:
+    def evaluate(
+        self, data: Batch | Tensor, num_particles: int = 500, **options: Any
+    ) -> Evaluation:
         """``evaluate(run.model, run.guide, data, ...)``."""
         return evaluate(self.model, self.guide, data, num_particles, **options)
 
@@ -119,14 +121,13 @@ def fit(
         NonFiniteError: NaN or inf in a loss, naming the site and the rows; the pair is left in its
             last good state.
     """
-    length = _length(data, epochs, steps, batch_size)
-    if patience is not None and valid is None:
-        raise ValueError("fit: came patience without valid, wanted held-out rows to judge by")
-    if resume and out is None:
-        raise ValueError("fit: came resume=True without out, wanted the folder of the run")
-    place = _device(device)
+    check_rows("fit: data", data)
+    length = _length(len(data), epochs, steps, batch_size)
     objective = objective or elbo()
     monitor = monitor or elbo(num_particles=8, estimator="score")
+    callbacks = list(callbacks)
+    _check(objective, monitor, clip, patience, valid, callbacks, resume, out)
+    place = _device(device, model, guide, data)
     folder = None if out is None else Folder(out)
     saved = folder.state() if folder is not None and resume else None
     if folder is not None and not resume:
@@ -146,93 +147,125 @@ def fit(
     }
     run = Run(model, guide, objective, config=config)
     bar = tqdm(total=length, unit="step", disable=None if progress is None else not progress)
-    with bar, _own_parameters(model, guide), torch.random.fork_rng():
+    with bar, own_parameters(model, guide), torch.random.fork_rng():
         torch.manual_seed(seed)
-        parameters = _materialize(loss, take(data, slice(0, batch_size)))
-        run.notes = objective.plan(model, guide, (take(data, slice(0, batch_size)),), {}).notes
-        optim = optimizer(parameters) if optimizer else torch.optim.Adam(parameters, lr=1e-3)
-        if not isinstance(optim, torch.optim.Optimizer):
-            raise ValueError(
-                f"optimizer: came {type(optim).__name__}, wanted a torch optimizer: "
-                "functools.partial(torch.optim.Adam, lr=1e-3)"
-            )
-        schedule = scheduler(optim) if scheduler else None
+        first = take(data, slice(0, batch_size))
+        parameters = _materialize(loss, first)
+        run.notes = objective.plan(model, guide, (first,), {}).notes
+        optim = _optimizer(optimizer, parameters)
+        schedule = _scheduler(scheduler, optim)
         step = make_step(loss, parameters, optim, schedule, clip, compile)
         state = _State(loss, parameters, optim, schedule)
-        if saved is not None:
-            state.load(saved)
-            run.history, run.best = state.history, state.best
+        if valid is not None:  # what the monitor refuses it should refuse now
+            _held_out(monitor, loss, take(valid, slice(0, 2)), batch_size, seed)
+        if folder is not None and saved is not None:
+            state.resume(saved, run, folder)
             bar.update(state.step)
+            run.stopped = "patience" if _waited(run, patience) else ""
 
         good = state.snapshot()
         per_epoch = math.ceil(len(data) / batch_size)
         since = time.perf_counter() - (run.history[-1]["seconds"] if run.history else 0.0)
-        while state.step < length and not run.stopped:
+        while (state.step < length or state.rows) and not run.stopped:
             epoch, offset = divmod(state.step, per_epoch)
             order = _order(len(data), seed, epoch).to(place).split(batch_size)
-            total, count = torch.zeros((), device=place), 0
             for rows in order[offset : offset + length - state.step]:
-                with pyro.validation_enabled(False):
-                    total = total + step(take(data, rows)) * len(rows)
-                count += len(rows)
+                try:
+                    with pyro.validation_enabled(False):
+                        state.total = state.total + step(take(data, rows)) * len(rows)
+                except (RuntimeError, ValueError):  # NaN in a parameter is an error to some draws
+                    if state.healthy(state.total):
+                        raise
+                    break
+                state.rows += len(rows)
                 state.step += 1
                 bar.update()
                 if state.step % CHECK_EVERY == 0:
-                    if not math.isfinite(float(total)):
+                    if not state.healthy(state.total):
                         break
                     good = state.snapshot()
-                    bar.set_postfix_str(_postfix(float(total) / count, run.history), refresh=False)
-            if not math.isfinite(float(total)):
+                    bar.set_postfix_str(_postfix(state, run.history), refresh=False)
+            if not state.healthy(state.total):
                 problem = _replay(state, good, step, data, seed, batch_size)
                 run.stopped, problem.run = "non-finite", run
                 raise problem
+            if folder is not None and state.step % per_epoch:  # a longer run goes on from here
+                folder.save_state(state.dump(run))
             record = {
                 "step": state.step,
                 "epoch": epoch + 1,
                 "seconds": time.perf_counter() - since,
-                "loss": float(total) / count,
-                "lr": optim.param_groups[0]["lr"],
+                "loss": float(state.total) / state.rows,
+                "lr": float(optim.param_groups[0]["lr"]),
             }
+            state.total, state.rows = torch.zeros_like(state.total), 0
             if valid is not None:
                 record["valid"] = _held_out(monitor, loss, valid, batch_size, seed)
             run.history.append(record)
             if _improves(record, run.best):
-                run.best, state.best_parameters = record, state.parameters_now()
-            state.history, state.best = run.history, run.best
-            good = state.snapshot()
+                run.best = record
+                state.best_parameters = state.parameters_now() if valid is not None else {}
             try:
                 for callback in callbacks:
                     callback(run, record)
             except StopIteration:
                 run.stopped = "callback"
-            if patience is not None and record["epoch"] - run.best["epoch"] >= patience:
+            if not run.stopped and _waited(run, patience):
                 run.stopped = "patience"
-            if folder is not None:
-                folder.save_state(state.dump())
+            good = state.snapshot()
+            if folder is not None and state.step % per_epoch == 0:
+                folder.save_state(state.dump(run))
         run.stopped = run.stopped or ("steps" if steps else "epochs")
-        if valid is not None and state.best_parameters:
+        if state.best_parameters:
             state.set_parameters(state.best_parameters)
     if folder is not None:
         folder.save(run)
     return run
 
 
-def _length(
-    data: Batch | Tensor, epochs: int | None, steps: int | None, batch_size: int
-) -> int:
+def _length(rows: int, epochs: int | None, steps: int | None, batch_size: int) -> int:
     """Number of steps."""
     if (epochs is None) == (steps is None):
         raise ValueError(f"fit: came epochs={epochs} and steps={steps}, wanted one of them")
     for name, number in (("epochs", epochs), ("steps", steps), ("batch_size", batch_size)):
         if number is not None and (not isinstance(number, int) or number < 1):
             raise ValueError(f"fit: came {name}={number!r}, wanted a whole number >= 1")
-    if len(data) == 0:
-        raise ValueError("fit: came a data set without rows")
-    return steps or (epochs or 0) * math.ceil(len(data) / batch_size)
+    return steps or (epochs or 0) * math.ceil(rows / batch_size)
 
 
-def _device(device: str) -> torch.device:
+def _check(
+    objective: Any,
+    monitor: Any,
+    clip: float | None,
+    patience: int | None,
+    valid: Any,
+    callbacks: list[Any],
+    resume: bool,
+    out: str | Path | None,
+) -> None:
+    for name, value in (("objective", objective), ("monitor", monitor)):
+        if not isinstance(value, Objective):
+            raise ValueError(
+                f"fit: {name} came as {type(value).__name__}, wanted an Objective such as elbo()"
+            )
+    if clip is not None and not clip > 0:
+        raise ValueError(f"fit: came clip={clip!r}, wanted a number > 0")
+    if patience is not None and patience < 1:
+        raise ValueError(f"fit: came patience={patience!r}, wanted a whole number >= 1")
+    if patience is not None and valid is None:
+        raise ValueError("fit: came patience without valid, wanted held-out rows to judge by")
+    if valid is not None:
+        check_rows("fit: valid", valid)
+    if not all(map(callable, callbacks)):
+        raise ValueError("fit: callbacks: wanted functions of the run and the record")
+    if resume and out is None:
+        raise ValueError("fit: came resume=True without out, wanted the folder of the run")
+
+
+def _device(device: str, model: Program, guide: Program, data: Batch | Tensor) -> torch.device:
     if device == "auto":
+        if owner(model) is None or owner(guide) is None:  # functions, whose tensors stay put
+            return data.device
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
@@ -243,19 +276,36 @@ def _device(device: str) -> torch.device:
     return place
 
 
+def _optimizer(make: Any, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    make = make or torch.optim.Adam  # lr=1e-3
+    optim = make(parameters) if callable(make) else make
+    if not callable(make) or not isinstance(optim, torch.optim.Optimizer):
+        raise ValueError(
+            f"optimizer: came {type(optim).__name__}, wanted a function that makes a torch "
+            "optimizer: functools.partial(torch.optim.Adam, lr=1e-3)"
+        )
+    return optim
+
+
+def _scheduler(make: Any, optim: torch.optim.Optimizer) -> Any:
+    schedulers = torch.optim.lr_scheduler
+    if make is None:
+        return None
+    schedule = make(optim) if callable(make) else make
+    if not callable(make) or not isinstance(schedule, schedulers.LRScheduler):
+        raise ValueError(
+            f"scheduler: came {type(schedule).__name__}, wanted a function that makes one: "
+            "functools.partial(torch.optim.lr_scheduler.StepLR, step_size=100)"
+        )
+    if isinstance(schedule, schedulers.ReduceLROnPlateau):
+        raise ValueError("scheduler: ReduceLROnPlateau waits for a metric, and none is given it")
+    return schedule
+
+
 def _order(rows: int, seed: int, epoch: int) -> Tensor:
     """The rows in the order of an epoch: a function of seed and epoch, so that resuming needs none."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(rows, generator=generator)
-
-
-@contextmanager
-def _own_parameters(model: Program, guide: Program) -> Iterator[None]:
-    """Modules keep their parameters to themselves: Pyro's global store would hand those of one pair
-    to the next. Programs written with ``pyro.param`` keep the global store."""
-    modules = owner(model) is not None and owner(guide) is not None
-    with pyro.get_param_store().scope() if modules else nullcontext():
-        yield
 
 
 def _materialize(loss: ObjectiveModule, batch: Any) -> list[nn.Parameter]:
@@ -264,7 +314,8 @@ def _materialize(loss: ObjectiveModule, batch: Any) -> list[nn.Parameter]:
     with preserved(model, guide), poutine.trace(param_only=True) as traced, torch.no_grad():
         loss.elbo.plan(model, guide, (batch,), {})
         loss.elbo.loss(model, guide, batch)
-    stored = [site["value"].unconstrained() for site in traced.trace.nodes.values()]
+    nodes: list[Any] = list(traced.trace.nodes.values())
+    stored = [node["value"].unconstrained() for node in nodes]
     unique = {id(p): p for p in [*loss.parameters(), *stored] if p.requires_grad}
     if not unique:
         raise ValueError("fit: model and guide have no parameters to train")
@@ -272,7 +323,13 @@ def _materialize(loss: ObjectiveModule, batch: Any) -> list[nn.Parameter]:
 
 
 class _State:
-    """What changes from step to step: enough to go on, or to go back."""
+    """What changes from step to step: enough to go on, or to go back.
+
+    Attributes:
+        step: steps taken.
+        total, rows: sum of the loss over the rows of this epoch so far, and their number.
+        best_parameters: those that were best on the validation set.
+    """
 
     def __init__(
         self,
@@ -283,20 +340,26 @@ class _State:
     ) -> None:
         self.loss, self.parameters = loss, parameters
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.step = 0
-        self.history: list[dict[str, float]] = []
-        self.best: dict[str, float] = {}
+        self.step, self.rows = 0, 0
+        self.total = torch.zeros((), device=loss.step.device)
         self.best_parameters: dict[str, Any] = {}
+        inside = {id(parameter) for parameter in loss.parameters()}
+        self.stored = [p for p in parameters if id(p) not in inside]  # made by pyro.param
+
+    def healthy(self, loss: Tensor) -> bool:
+        """Whether the loss and all parameters are finite; waits for the device once."""
+        tensors = [loss, *self.parameters]
+        return bool(torch.stack([torch.isfinite(t.detach()).all() for t in tensors]).all())
 
     def parameters_now(self) -> dict[str, Any]:
         """Copies of all parameters and buffers, those of ``pyro.param`` included."""
         modules = {name: t.detach().clone() for name, t in self.loss.state_dict().items()}
-        return {"modules": modules, "stored": [p.detach().clone() for p in self.parameters]}
+        return {"modules": modules, "stored": [p.detach().clone() for p in self.stored]}
 
     def set_parameters(self, values: dict[str, Any]) -> None:
         self.loss.load_state_dict(values["modules"])
         with torch.no_grad():
-            for parameter, value in zip(self.parameters, values["stored"], strict=True):
+            for parameter, value in zip(self.stored, values["stored"], strict=True):
                 parameter.copy_(value)
 
     def snapshot(self) -> dict[str, Any]:
@@ -322,14 +385,41 @@ class _State:
         if "random_cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state_all([s.cpu() for s in state["random_cuda"]])
 
-    def dump(self) -> dict[str, Any]:
-        report = {"history": self.history, "best": self.best, "best_parameters": self.best_parameters}
-        return self.snapshot() | report
+    def dump(self, run: Run) -> dict[str, Any]:
+        """What ``resume`` needs."""
+        return self.snapshot() | {
+            "made_by": self._made_by(run),
+            "total": self.total,
+            "rows": self.rows,
+            "history": run.history,
+            "best": run.best,
+            "best_parameters": self.best_parameters,
+        }
 
-    def load(self, state: dict[str, Any]) -> None:
-        self.restore(state)
-        self.history, self.best = state["history"], state["best"]
-        self.best_parameters = state["best_parameters"]
+    def resume(self, state: dict[str, Any], run: Run, folder: Folder) -> None:
+        """Go on from ``dump``.
+
+        Raises:
+            ValueError: the state of a run of another kind.
+        """
+        for name, wanted in state["made_by"].items():
+            if (came := self._made_by(run)[name]) != wanted:
+                raise ValueError(f"{folder.path}: came {name} {came}, the run has {wanted}")
+        try:
+            self.restore(state)
+        except (RuntimeError, ValueError, KeyError, AttributeError) as error:
+            lines = " ".join(line.strip() for line in str(error).splitlines()[:3])
+            raise ValueError(f"{folder.path}: the state is not of this pair: {lines}") from None
+        self.total = state["total"].to(self.total.device)
+        self.rows, self.best_parameters = state["rows"], state["best_parameters"]
+        run.history, run.best = state["history"], state["best"]
+
+    def _made_by(self, run: Run) -> dict[str, Any]:
+        """What must not change for a run to go on as if it had not stopped."""
+        return {name: run.config[name] for name in ("seed", "batch_size", "rows")} | {
+            "optimizer": type(self.optimizer).__name__,
+            "scheduler": type(self.scheduler).__name__,
+        }
 
 
 def _held_out(
@@ -348,12 +438,19 @@ def _held_out(
 def _improves(record: dict[str, float], best: dict[str, float]) -> bool:
     if "valid" not in record:
         return True  # nothing to choose by: the last is kept
-    return not best or record["valid"] > best["valid"]
+    return not best or record["valid"] > best["valid"] or math.isnan(best["valid"])
 
 
-def _postfix(loss: float, history: list[dict[str, float]]) -> str:
+def _waited(run: Run, patience: int | None) -> bool:
+    """Whether the last ``patience`` epochs brought nothing."""
+    if patience is None or not run.history:
+        return False
+    return run.history[-1]["epoch"] - run.best["epoch"] >= patience
+
+
+def _postfix(state: _State, history: list[dict[str, float]]) -> str:
     valid = f", valid {history[-1]['valid']:.2f}" if history and "valid" in history[-1] else ""
-    return f"loss {loss:.2f}{valid}"
+    return f"loss {float(state.total) / state.rows:.2f}{valid}"
 
 
 def _replay(
@@ -370,11 +467,10 @@ def _replay(
     epoch, offset = divmod(state.step, math.ceil(len(data) / batch_size))
     for rows in _order(len(data), seed, epoch).to(place).split(batch_size)[offset:]:
         batch = take(data, rows)
-        healthy = bool(torch.isfinite(step(batch)))
-        healthy &= all(bool(torch.isfinite(p).all()) for p in state.parameters)
+        with pyro.validation_enabled(False):
+            healthy = state.healthy(step(batch))
         if not healthy:
-            state.restore(before)
-            culprit = _culprit(state, batch, rows)
+            culprit = _culprit(state, before, batch, rows)
             state.restore(before)
             return NonFiniteError(f"step {state.step + 1}: {culprit}; the state before it is kept")
         state.step += 1
@@ -382,27 +478,26 @@ def _replay(
     return NonFiniteError(f"step {state.step}: the loss was not finite, and was when run again")
 
 
-def _culprit(state: _State, batch: Any, rows: Tensor) -> str:
+def _culprit(state: _State, before: dict[str, Any], batch: Any, rows: Tensor) -> str:
     """Which site's log density is not finite, and in which rows; else which gradient."""
     model, guide, objective = state.loss.model, state.loss.guide, state.loss.elbo
-    random = torch.get_rng_state()
-    with torch.no_grad(), pyro.validation_enabled(False):
-        plan = objective.plan(model, guide, (batch,), {})
-        table = run_particles(model, guide, (batch,), {}, plan, objective.num_particles)
-    index = batch.index if isinstance(batch, Batch) else rows
-    for source in ("posterior", "prior", "likelihood"):
-        for site, term in getattr(table, source).items():
-            bad = ~torch.isfinite(term)
-            if not bool(bad.any()):
-                continue
-            if not table.local(site):
-                return f"site {site!r}: its {source} density is not finite"
-            per_row = bad.flatten(2).any(2).any(0) if term.dim() > 2 else bad.any(0)
-            numbers = index[per_row].tolist()
-            shown = f"{numbers[:5]}{' and more' if len(numbers) > 5 else ''}"
-            return f"site {site!r}: its {source} density is not finite in rows {shown}"
-    torch.set_rng_state(random)
-    total, _ = state.loss.loss_and_rows(batch)
+    state.restore(before)
+    plan = objective.plan(model, guide, (batch,), {})
+    left, chunk = objective.num_particles, objective.chunk or objective.num_particles
+    while left > 0:
+        with torch.no_grad(), pyro.validation_enabled(False):
+            table = run_particles(model, guide, (batch,), {}, plan, min(chunk, left))
+        left -= chunk
+        for source in ("posterior", "prior", "likelihood"):
+            for site, term in getattr(table, source).items():
+                bad = ~torch.isfinite(term)
+                if not bool(bad.any()):
+                    continue
+                where = _rows_of(bad, batch, rows) if table.local(site) else ""
+                return f"site {site!r}: its {source} density is not finite{where}"
+    state.restore(before)
+    with pyro.validation_enabled(False):
+        total, _ = state.loss.loss_and_rows(batch)
     if not bool(torch.isfinite(total)):
         return "the loss is not finite though every site's density is (a rate or a penalty)"
     grads = torch.autograd.grad(total, state.parameters, allow_unused=True)
@@ -415,3 +510,13 @@ def _culprit(state: _State, batch: Any, rows: Tensor) -> str:
     if bad_names:
         return f"the gradient of {', '.join(bad_names[:3])} is not finite"
     return "the optimizer's step left parameters that are not finite; lower the learning rate"
+
+
+def _rows_of(bad: Tensor, batch: Any, rows: Tensor) -> str:
+    """Numbers of the rows in which ``bad``, ``[K, B, *rest]``, is true."""
+    per_row = bad.flatten(2).any(2).any(0) if bad.dim() > 2 else bad.any(0)
+    index = batch.index if isinstance(batch, Batch) else rows
+    if len(index) != len(per_row):  # the program draws rows of its own from the batch
+        return ""
+    numbers = index[per_row].tolist()
+    return f" in rows {numbers[:5]}{' and more' if len(numbers) > 5 else ''}"

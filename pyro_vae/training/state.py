@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,11 +17,18 @@ __all__ = ["pack", "read_tensors", "replacing", "unpack", "write_tensors"]
 
 
 def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
-    """A nested state dict as JSON, its tensors moved to ``tensors`` under their path."""
+    """A nested state dict as JSON, its tensors moved to ``tensors`` under a number and their path.
+
+    Raises:
+        ValueError: something that is neither tensor, number, text, list nor dict.
+    """
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().contiguous()
-        return {"tensor": path}
+        name = f"{len(tensors)}{path}"  # a path alone may occur twice: {"a/b": _, "a": {"b": _}}
+        tensors[name] = value.detach().contiguous()
+        return {"tensor": name}
     if isinstance(value, Mapping):
+        if odd := [key for key in value if not isinstance(key, str | int)]:
+            raise ValueError(f"{path}: can't be saved without pickling: key {odd[0]!r}")
         items = [[key, pack(item, tensors, f"{path}/{key}")] for key, item in value.items()]
         return {"dict": items}
     if isinstance(value, list | tuple):
