@@ -29,6 +29,7 @@ from pyro_vae.batch import Batch
 from pyro_vae.evaluation.likelihood import evaluate as evaluate_pair
 from pyro_vae.linter import check as check_pair
 from pyro_vae.objectives.recipes import arguments, literal, parse, recipes
+from pyro_vae.objectives.swap import owner
 from pyro_vae.training.compare import compare as compare_objectives
 from pyro_vae.training.fit import fit as fit_pair
 from pyro_vae.training.runs import Folder, versions
@@ -411,8 +412,13 @@ def evaluate(
     train, _ = source.train_and_valid(made["valid"])
     pyro.set_rng_seed(made["seed"])
     model, guide = build(train)
+    modules = owner(model), owner(guide)
+    if modules[0] is None or modules[1] is None:
+        raise ValueError(
+            f"{run}: --pair {build} is of functions, which can't be loaded; use modules"
+        )
     try:
-        folder.load_into(model, guide)
+        folder.load_into(*modules)
     except ValueError as error:
         why = f"; changed since the run: {changed}" if changed else ""
         raise ValueError(f"{error}{why}") from error

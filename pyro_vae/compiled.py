@@ -39,18 +39,21 @@ def make_step(
         raise ValueError(f"compile: came {level!r}, wanted one of {list(LEVELS)}")
 
     def step(batch: Any) -> Tensor:
-        def closure() -> Tensor:  # which some optimizers evaluate several times
+        losses: list[Tensor] = []
+
+        def closure() -> Any:  # LBFGS calls it several times
             optimizer.zero_grad(set_to_none=True)
             total, rows = loss.loss_and_rows(batch)
             per_row = total / rows
             per_row.backward()
             if clip is not None:
                 nn.utils.clip_grad_norm_(parameters, clip)
-            return per_row.detach()
+            losses.append(per_row.detach())
+            return losses[-1]
 
-        per_row: Tensor = optimizer.step(closure)  # type: ignore[assignment]
+        optimizer.step(closure)
         if scheduler is not None:
             scheduler.step()
-        return per_row
+        return losses[0]
 
     return step

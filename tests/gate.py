@@ -822,8 +822,8 @@ class _Draw:
     def spread(self, problems: list[str]) -> Tensor:
         """The standard deviation of a row's value; at one seed the rows' values add up to the loss."""
         state = torch.get_rng_state()
-        self.objective._svi_step = torch.tensor(self.cell.weighting.step)
-        values = self.cell.pair.multiplier * self.objective.rows(self.model, self.guide, self.batch)
+        self.loss.step.fill_(self.cell.weighting.step)
+        values = self.cell.pair.multiplier * self.loss.rows(self.batch)
         torch.set_rng_state(state)
         loss = self.block()[0]
         torch.set_rng_state(state)

@@ -227,10 +227,12 @@ def exact_iwae(logits: Tensor, scale: float) -> Tensor:
 
 
 NOWHERE: Any = torch.zeros(30_000, dtype=torch.bool)
-WEIGHED: dict[str, tuple[Callable[[], Any], float]] = {
-    "plain": (lambda: poutine.scale(scale=1.0), 1.0),
-    "scaled": (lambda: poutine.scale(scale=0.2), 0.2),  # KL annealing
-    "masked": (lambda: poutine.mask(mask=NOWHERE), 0.0),
+ONE = poutine.scale(scale=1.0)
+WEIGHED: dict[str, tuple[Any, Callable[[Any], Any], float]] = {
+    "plain": (ONE, lambda fn: fn, 1.0),
+    "scaled": (poutine.scale(scale=0.2), lambda fn: fn, 0.2),  # KL annealing
+    "masked": (poutine.mask(mask=NOWHERE), lambda fn: fn, 0.0),
+    "masked distribution": (ONE, lambda fn: fn.mask(NOWHERE), 0.0),
 }
 
 
@@ -240,19 +242,19 @@ def test_the_score_of_a_discrete_site(
     weighed: str, recipe: Callable[..., Objective], exact: Callable[[Tensor, float], Tensor]
 ):
     """A scale or mask weighs what a draw counts; the score of the draw itself stays whole."""
-    handler, scale = WEIGHED[weighed]
+    handler, wrap, scale = WEIGHED[weighed]
     rows = 30_000
     logits = LOGITS.expand(rows, 3).clone().requires_grad_()  # a copy per row: a gradient per row
 
     def model() -> None:
         with pyro.plate("data", rows):
-            with handler():
-                y = pyro.sample("y", dist.Categorical(PRIOR))
+            with handler:
+                y = pyro.sample("y", wrap(dist.Categorical(PRIOR)))
             pyro.sample("x", dist.Normal(MEANS[y], 1.0), obs=torch.full((rows,), X))
 
     def guide() -> None:
-        with pyro.plate("data", rows), handler():
-            pyro.sample("y", dist.Categorical(logits=logits))
+        with pyro.plate("data", rows), handler:
+            pyro.sample("y", wrap(dist.Categorical(logits=logits)))
 
     objective = recipe(num_particles=2, estimator="score")
     loss = objective.differentiable_loss(model, guide)

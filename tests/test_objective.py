@@ -117,7 +117,11 @@ def noise(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("guide", [TopDown, BottomUp])
-@pytest.mark.parametrize("beta", [1.0, {"z1": 0.5, "z2": 2.0}, {"z1": linear(4, 0.2)}], ids=str)
+@pytest.mark.parametrize(
+    "beta",
+    [1.0, {"z1": 0.5, "z2": 2.0}, {"z1": linear(4, 0.2)}],
+    ids=["no beta", "by site", "schedule"],
+)
 @pytest.mark.parametrize("estimator", ["pathwise", "dreg"])
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_chunks_of_several_sites(

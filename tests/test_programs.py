@@ -19,7 +19,7 @@ from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, PyroSample
 from pyro.optim import Adam  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -298,6 +298,36 @@ class RowWise(PyroModule):
             pyro.sample("x", dist.Normal(self.net(z), sigma[..., None]).to_event(1), obs=x)
 
 
+class BayesianDecoder(PyroModule):
+    """tutorial/bayesian_regression: a weight that is a random variable, by ``PyroSample``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = PyroModule[nn.Linear](2, 3)
+        self.linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([3, 2]).to_event(2))
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        loc = self.linear(z)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(loc, 0.5).to_event(1), obs=x)
+
+
+class Factor:
+    """tutorial/custom_objectives: a likelihood that is no distribution."""
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.factor("fit", -(x - pyro.param("slope", torch.ones(())) * z).abs())
+
+    def guide(self, x: Tensor) -> None:
+        loc = pyro.param("loc", torch.zeros(len(x)))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, pyro.param("scale", 0.5 * torch.ones(len(x)))))
+
+
 @dataclass(frozen=True)
 class Example:
     """How to make a pair with its arguments, and what may be asked of it.
@@ -368,6 +398,10 @@ EXAMPLES = {
     "lda": Example(_methods(lambda: LDA(subsample=None)), rows=False),
     "lda subsampled": Example(_methods(LDA), rows=False),
     "sparse gamma def": Example(_methods(SparseGammaDEF, uniform(5, 3).mul(9).round()), rows=False),
+    "factor": Example(_methods(Factor, gaussian(5))),
+    "PyroSample": Example(
+        lambda: _auto(AutoNormal, BayesianDecoder), rows=False, mean_field=False, loop=True
+    ),
     "AutoNormal": Example(lambda: _auto(AutoNormal, RowWise), mean_field=False),
     "AutoNormal with globals": Example(
         lambda: _auto(AutoNormal, lambda: bayesian_ppca), rows=False, mean_field=False

@@ -216,7 +216,10 @@ def test_beta_zero_leaves_the_likelihood():
         (Renyi(0.0), {"z2": linear(4, 0.5, 2.0)}),
         (Elbo(), {"z1": 0.5, "z2": 2.0}),
     ],
-    ids=str,
+    ids=[
+        *("iwae common", "renyi common", "elbo common", "iwae by site", "iwae z1", "iwae schedule"),
+        "elbo by site",
+    ],
 )
 @pytest.mark.parametrize("guide", [TopDown, BottomUp])
 def test_dreg_knows_the_weight_of_each_log_q(bound: Any, beta: Any, guide: Callable[[], Program]):
@@ -245,4 +248,5 @@ def test_beta_refuses_an_unknown_site_by_name():
 
 def test_names():
     assert repr(Beta(2.0)) == "beta(2.0, montecarlo)"
-    assert repr(Beta({"z": 2.0}, Analytic())) == "beta({'z': 2.0}, analytic)"
+    by_site = Beta({"z1": 2.0, "z2": linear(4)}, Analytic())
+    assert repr(by_site) == "beta({z1: 2.0, z2: linear(4, 0, 1)}, analytic)"

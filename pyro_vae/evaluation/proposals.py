@@ -13,7 +13,7 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_vae.batch import Batch, Condition
+from pyro_vae.batch import Condition
 from pyro_vae.objectives.particles import Particles, Plan, Replay, core, run, trace, unwrap
 
 __all__ = ["Proposal", "candidates"]
@@ -42,17 +42,10 @@ class Proposal:
         self, model: Program, guide: Program, args: tuple[Any, ...], plan: Plan, size: int
     ) -> Tensor:
         """log p(x, z) - log q(z) of ``size`` particles, ``[K, B]``."""
-        # How many come from the prior is drawn too: particles are then independent draws from one
-        # mixture, so that chunks of any size add up to the same estimate.
-        from_prior = int((torch.rand(size) < self.prior_share).sum()) if self.prior_share else 0
-        parts = []
-        if size > from_prior:
-            widen = [_Widen(self.scale)] if self.scale != 1.0 else []
-            parts.append(run(model, guide, args, {}, plan, size - from_prior, handlers=widen))
-        if from_prior:
-            latents = _prior_draws(model, args, plan, from_prior)
-            parts.append(run(model, guide, args, {}, plan, from_prior, handlers=[Replay(latents)]))
-        return torch.cat([_log_w(particles, self.prior_share) for particles in parts])
+        handlers: list[Any] = [_Widen(self.scale)] if self.scale != 1.0 else []
+        if self.prior_share:
+            handlers = [Replay(_mixed(model, guide, args, plan, size, self.prior_share))]
+        return _log_w(run(model, guide, args, {}, plan, size, handlers=handlers), self.prior_share)
 
     def __str__(self) -> str:
         if self.prior_share:
@@ -120,13 +113,24 @@ class _Widen(Messenger):
                 msg["fn"] = fn
 
 
-def _prior_draws(model: Program, args: tuple[Any, ...], plan: Plan, size: int) -> dict[str, Tensor]:
-    """The guide's latents, drawn from the model given the data's place but not its values."""
+def _mixed(
+    model: Program, guide: Program, args: tuple[Any, ...], plan: Plan, size: int, share: float
+) -> dict[str, Tensor]:
+    """The guide's latents, ``share`` of them drawn from the model given the data's place but not
+    their values. Each particle of each row chooses for itself, so that they are independent."""
     bare, batch = unwrap(model, args)
-    latents = {name for name, _ in plan.sites[0]}
-    conditioned = [Condition(batch, proposed=latents)] if isinstance(batch, Batch) else []
-    sites, _ = trace(bare, args, {}, conditioned, size, plan.nesting)
-    return {name: sites[name]["value"] for name in latents}
+    drawn, _ = trace(guide, args, {}, [], size, plan.nesting)
+    conditioned = [Condition(batch, proposed=drawn)] if batch is not None else []
+    prior, _ = trace(bare, args, {}, conditioned, size, plan.nesting)
+    mixed, choice = {}, None
+    for name, site in drawn.items():
+        value, event_dim = site["value"], site["fn"].event_dim
+        if choice is None:
+            rows = math.prod(value.shape[dim - event_dim] for dim in plan.rows)
+            choice = torch.rand(size, rows, device=value.device) < share
+        here = plan.spread(choice, value.shape, event_dim)
+        mixed[name] = torch.where(here, prior[name]["value"], value)
+    return mixed
 
 
 def _log_w(particles: Particles, share: float) -> Tensor:

@@ -3,36 +3,51 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import multiprocessing
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any
+from uuid import uuid4
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_vae.batch import Batch
-from pyro_vae.evaluation.likelihood import Difference, Evaluation, evaluate, mean_and_error
+from pyro_vae.evaluation.likelihood import (
+    Difference,
+    Evaluation,
+    check_rows,
+    evaluate,
+    mean_and_error,
+)
 from pyro_vae.objectives.recipes import parse
-from pyro_vae.training.fit import fit
+from pyro_vae.training.fit import NonFiniteError, fit
 from pyro_vae.training.runs import versions
 from pyro_vae.training.state import replacing
 
 __all__ = ["Comparison", "compare"]
 
 Build = Callable[..., tuple[Any, Any]]
+_PROCESS = uuid4().hex
+_data: list[Batch] = []  # training and test rows of a worker process
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """One training and its evaluation; picklable, and the key under which its result is kept."""
+    """One training and its evaluation."""
 
     build: Build
     objective: str
@@ -172,10 +187,17 @@ def compare(
     Raises:
         ValueError: an objective that can't be built, sites that differ between train and test.
     """
-    if not objectives:
-        raise ValueError("compare: came no objectives, wanted at least one")
+    if isinstance(objectives, str) or not objectives:
+        raise ValueError(f"compare: came objectives={objectives!r}, wanted a list of at least one")
     for spec in objectives:
         parse(spec)
+    seeds = tuple(dict.fromkeys(seeds))
+    if not seeds:
+        raise ValueError("compare: came no seeds, wanted at least one")
+    if "seed" in fit_options:
+        raise ValueError("compare: came seed=, wanted seeds=")
+    check_rows("compare: train", train)
+    check_rows("compare: test", test)
     if train.sites != test.sites:
         raise ValueError(f"compare: train has sites {train.sites}, test has {test.sites}")
     cells = [
@@ -186,11 +208,12 @@ def compare(
     folder = None if out is None else Path(out)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    data_key = _fingerprint(train), _fingerprint(test)
+    data = _described([train, test])
+    paths = {} if folder is None else {id(cell): _path(folder, cell, data) for cell in cells}
     results: dict[tuple[str, int], tuple[Evaluation, float]] = {}
     waiting = []
     for cell in cells:
-        done = _load(_path(folder, cell, data_key)) if folder is not None else None
+        done = _load(paths[id(cell)]) if folder is not None else None
         if done is None:
             waiting.append(cell)
         else:
@@ -200,7 +223,7 @@ def compare(
         for cell, done in _run_all(waiting, train, test, jobs):
             results[cell.objective, cell.seed] = done
             if folder is not None:
-                _store(_path(folder, cell, data_key), cell, done)
+                _store(paths[id(cell)], cell, done)
             bar.update()
     in_order = {(c.objective, c.seed): results[c.objective, c.seed] for c in cells}
     comparison = Comparison(
@@ -219,51 +242,81 @@ def compare(
 def _run_all(
     cells: list[_Cell], train: Batch, test: Batch, jobs: int
 ) -> Iterator[tuple[_Cell, tuple[Evaluation, float]]]:
+    """Cells as they are finished."""
     if jobs <= 1 or len(cells) <= 1:
         for cell in cells:
             yield cell, _run(cell, train, test)
         return
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // jobs)
-    with ProcessPoolExecutor(
-        jobs, context, initializer=_start, initargs=(threads, torch.get_default_dtype())
-    ) as pool:
-        futures = {pool.submit(_run, cell, train, test): cell for cell in cells}
-        for future, cell in futures.items():
-            yield cell, future.result()
+    start = (threads, torch.get_default_dtype(), train, test)
+    with ProcessPoolExecutor(jobs, context, initializer=_start, initargs=start) as pool:
+        futures = {pool.submit(_run_here, cell): cell for cell in cells}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
-def _start(threads: int, dtype: torch.dtype) -> None:
+def _start(threads: int, dtype: torch.dtype, train: Batch, test: Batch) -> None:
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+    _data[:] = train, test
+
+
+def _run_here(cell: _Cell) -> tuple[Evaluation, float]:
+    return _run(cell, *_data)
 
 
 def _run(cell: _Cell, train: Batch, test: Batch) -> tuple[Evaluation, float]:
     with torch.random.fork_rng():
         torch.manual_seed(cell.seed)
-        model, guide = cell.build(train, **cell.options)
+        model, guide = cell.build(train, **deepcopy(cell.options))  # modules are trained in place
     since = time.perf_counter()
-    fit(model, guide, train, parse(cell.objective), seed=cell.seed, progress=False, **cell.fit)
+    try:
+        fit(model, guide, train, parse(cell.objective), seed=cell.seed, progress=False, **cell.fit)
+    except NonFiniteError as error:  # without its run, which may not be picklable
+        raise NonFiniteError(f"{cell.objective}, seed {cell.seed}: {error}") from None
     seconds = time.perf_counter() - since
     return evaluate(model, guide, test, cell.num_particles, seed=cell.seed), seconds
 
 
-def _fingerprint(batch: Batch) -> str:
-    digest = hashlib.sha256(repr(batch).encode())
-    for site in batch:
-        digest.update(batch[site].cpu().numpy().tobytes())
-        digest.update(batch.mask(site).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _path(folder: Path, cell: _Cell, data: tuple[str, str]) -> Path:
+def _path(folder: Path, cell: _Cell, data: Any) -> Path:
     """A name that tells the cell and changes with everything its result depends on."""
-    settings = {k: v for k, v in asdict(cell).items() if k not in ("build", "objective", "seed")}
-    built = getattr(cell.build, "__qualname__", repr(cell.build))
-    everything = json.dumps([built, settings, data, str(torch.get_default_dtype())], default=repr)
-    digest = hashlib.sha256(everything.encode()).hexdigest()[:8]
+    settings = [cell.objective, cell.build, cell.options, cell.fit, cell.num_particles]
+    text = json.dumps([_described([*settings, torch.get_default_dtype(), versions()]), data])
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", cell.objective)
     return folder / f"{slug}-seed{cell.seed}-{digest}.npz"
+
+
+def _described(value: Any) -> Any:
+    """A value in words, the same in every process; a function is told by its source. What is told by
+    its place in memory alone is never the same again."""
+    if isinstance(value, Batch):
+        sites = [[site, value[site], value.mask(site)] for site in value]
+        return _described([repr(value), sites, value.index, value.weights])
+    if isinstance(value, nn.Module):
+        return _described([repr(value), value.state_dict()])
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest = hashlib.sha256(content.tobytes()).hexdigest()
+        return [str(value.dtype), list(value.shape), digest]
+    if isinstance(value, np.ndarray):
+        return [str(value.dtype), value.tolist()]
+    if isinstance(value, partial):
+        return ["partial", *map(_described, (value.func, value.args, value.keywords))]
+    if isinstance(value, Mapping):
+        return [[str(key), _described(item)] for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return [_described(item) for item in value]
+    if isinstance(value, FunctionType):
+        with suppress(OSError, TypeError, ValueError):  # typed in by hand
+            closure = [cell.cell_contents for cell in value.__closure__ or ()]
+            return [repr(value.__qualname__), inspect.getsource(value), _described(closure)]
+    return f"{value!r} {_PROCESS}" if " at 0x" in repr(value) else repr(value)
 
 
 def _store(path: Path, cell: _Cell, done: tuple[Evaluation, float]) -> None:
@@ -278,5 +331,5 @@ def _load(path: Path) -> tuple[Evaluation, float] | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return Evaluation.from_arrays(arrays), json.loads(str(arrays["meta"]))["seconds"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None

@@ -48,7 +48,8 @@ class Run:
         history: a record an epoch: step, epoch, seconds, loss and valid in nats per row, lr.
         config: seeds, sizes, versions.
         best: the record of the parameters that were kept.
-        stopped: why training ended, ``"epochs"``, ``"steps"``, ``"patience"`` or ``"non-finite"``.
+        stopped: why training ended, ``"epochs"``, ``"steps"``, ``"patience"``, ``"callback"`` or
+            ``"non-finite"``.
         notes: what the objective had to say about the pair.
     """
 
@@ -110,7 +111,8 @@ def fit(
         callbacks: called with the run and the record after every epoch; one that raises
             ``StopIteration`` ends the training.
         seed: of shuffling and draws; the global random state is left as it was.
-        device: ``"auto"`` takes CUDA where available.
+        device: ``"auto"`` takes CUDA where available; functions, whose tensors can't be moved, stay
+            with the data.
         compile: level of ``compiled.make_step``.
         out: folder that receives the run.
         resume: go on from the state in ``out``, exactly where it stopped.
