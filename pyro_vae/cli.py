@@ -36,7 +36,8 @@ from pyro_vae.training.runs import Folder, versions
 
 __all__ = ["PairSpec", "main"]
 
-COMPARED = (
+LARGEST_SEED = 2**32 - 1
+COMPARED = (  # unless others are asked for
     "elbo",
     "mean_field",
     "elbo:estimator=stl",
@@ -46,7 +47,6 @@ COMPARED = (
 
 app = typer.Typer(
     help="Variational autoencoders as Pyro programs. PYRO_VAE_DEBUG=1 shows the traceback of errors.",
-    no_args_is_help=True,
     rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -64,8 +64,6 @@ def _share(number: float) -> float:
         raise typer.BadParameter(f"came {number}, wanted a share of the rows, from 0 to below 1")
     return number
 
-
-LARGEST_SEED = 2**32 - 1
 
 Data = Annotated[
     str,
@@ -179,7 +177,7 @@ class PairSpec:
             inspect.signature(build).bind(None, **found)
         except TypeError as error:
             raise ValueError(
-                f"--pair {self.spec}: {error}; wanted {build.__name__}(batch, **options)"
+                f"--pair {self.spec}: {error}; it is called as build(batch, **options)"
             ) from None
         return found
 
@@ -273,7 +271,7 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def options(
+def common(
     version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="print versions and exit"),
@@ -343,7 +341,7 @@ def fit(
     }
     folder = Folder(out)
     if resume:
-        _check_same(out, folder.config().get("command", {}), command)
+        _check_same(out, _command(folder), command)
 
     def note(*_: Any) -> None:  # before the end, for a run that is interrupted
         if not (out / "config.json").exists():
@@ -400,25 +398,22 @@ def evaluate(
     pyro-vae evaluate runs/a -K 5000
     """
     folder = Folder(run)
-    config = folder.config()
-    if "command" not in config:
-        raise ValueError(f"{run}: it does not say of which pair; wanted a run of pyro-vae fit")
+    made = _command(folder)
     if not (run / "model.safetensors").exists() and (run / "state.safetensors").exists():
         raise ValueError(f"{run}: the run is not finished; repeat its fit with --resume")
-    made = config["command"]
     source, judged = _sources(run, made, data_name)
     build = PairSpec(made["pair"], tuple(made["options"]))
     changed = _changed(made, source.record["sha256"], build.digest)
     train, _ = source.train_and_valid(made["valid"])
     pyro.set_rng_seed(made["seed"])
     model, guide = build(train)
-    modules = owner(model), owner(guide)
-    if modules[0] is None or modules[1] is None:
+    trained, trained_guide = owner(model), owner(guide)
+    if trained is None or trained_guide is None:
         raise ValueError(
-            f"{run}: --pair {build} is of functions, which can't be loaded; use modules"
+            f"{run}: --pair {build} makes functions, wanted modules, which can be loaded"
         )
     try:
-        folder.load_into(*modules)
+        folder.load_into(trained, trained_guide)
     except ValueError as error:
         why = f"; changed since the run: {changed}" if changed else ""
         raise ValueError(f"{error}{why}") from error
@@ -592,6 +587,16 @@ def _nothing_empty(folder: Path | None) -> Iterator[None]:
 # --- translations -------------------------------------------------------------------------------
 
 
+def _command(folder: Folder) -> dict[str, Any]:
+    """What a run was started with."""
+    made = folder.config().get("command")
+    if not isinstance(made, dict):
+        raise ValueError(
+            f"{folder.path}: it does not say of which pair; wanted a run of pyro-vae fit"
+        )
+    return made
+
+
 def _sources(run: Path, made: dict[str, Any], name: str | None) -> tuple[Source, Source]:
     """The data that a run was trained on and those that it is judged on."""
     given = None if name is None else Source(name, made["sites"])
@@ -612,8 +617,6 @@ def _changed(made: dict[str, Any], data_sha256: str, pair_sha256: str | None) ->
 
 def _check_same(out: Path, made: dict[str, Any], command: dict[str, Any]) -> None:
     """Refuse to go on with a run as if it were another one."""
-    if not made:
-        raise ValueError(f"{out}: it does not say of which pair; wanted a run of pyro-vae fit")
     for name, came in command.items():
         moved = name == "data" and made["data_sha256"] == command["data_sha256"]
         if made[name] != came and not moved and not name.endswith("_sha256"):

@@ -21,24 +21,21 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_vae.batch import Batch, Condition
 from pyro_vae.objectives.objective import Objective
-from pyro_vae.objectives.particles import (
-    Plan,
-    Problem,
+from pyro_vae.objectives.plan import Plan, Problem, broadcasts, make_plan, problems
+from pyro_vae.objectives.swap import owner, preserved
+from pyro_vae.objectives.tracing import (
+    Program,
     Replay,
-    broadcasts,
+    Site,
     core,
     elementwise,
-    make_plan,
-    problems,
     trace,
+    unmasked_fn,
     unwrap,
 )
-from pyro_vae.objectives.swap import owner, preserved
 
 __all__ = ["Finding", "Report", "check"]
 
-Program = Callable[..., Any]
-Site = dict[str, Any]
 Severity = Literal["error", "warning", "note"]
 _SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 _LEADING = (
@@ -497,7 +494,7 @@ def _support(pair: _Pair) -> Iterator[Finding]:
     for name, site in pair.model_sites.items():
         if not site["is_observed"] and "observed" not in site["infer"]:
             continue
-        fn, value = core(_source(site)), site["value"]
+        fn, value = core(unmasked_fn(site)), site["value"]
         inside = _inside(fn, value, whole=False)
         if not isinstance(inside, Tensor):
             continue
@@ -888,11 +885,6 @@ def _some(names: list[str]) -> str:
 
 def _kind(fn: Any) -> str:
     return type(core(fn)).__name__.lstrip("_")
-
-
-def _source(site: Site) -> Any:
-    """A site's distribution before missing entries were masked."""
-    return site["infer"].get("source", site["fn"])
 
 
 def _sizes(site: Site) -> dict[int, int]:

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from pyro_vae.batch import Batch
-from pyro_vae.objectives import bounds, estimators, objective, particles, rates, swap
+from pyro_vae.objectives import bounds, estimators, objective, particles, plan, rates, swap
 from pyro_vae.objectives.bounds import Bound, Elbo, Renyi
 from pyro_vae.objectives.estimators import STL, DReG, Estimator, Pathwise, Score
 from pyro_vae.objectives.objective import Objective
@@ -1124,14 +1124,14 @@ def planted() -> list[Planted]:
             cell(ONE_LAYER, "elbo", pathwise, Analytic()),
             (
                 particles.Particles.kl,
-                '_elementwise_kl(q["fn"],',
-                '_elementwise_kl(dist.Normal(q["fn"].mean.detach(), q["fn"].stddev.detach()),',
+                'elementwise_kl(q["fn"],',
+                'elementwise_kl(type(q["fn"])(q["fn"].mean.detach(), q["fn"].stddev.detach()),',
             ),
         ),
         Planted(
             "analytic KL against the order of the sites",
             cell(BOTTOM_UP, "elbo", pathwise, Analytic()),
-            (particles._analytic, "if late:", "if False:"),
+            (plan._analytic, "if late:", "if False:"),
         ),
         Planted(
             "analytic KL inside a nonlinear bound",

@@ -388,8 +388,8 @@ ERRORS: list[tuple[str, list[str]]] = [
     (f"{FIT} binary.npz --pair mine.py:nothing", ["mine.py:nothing", "NoneType", "(model, guide)"]),
     (f"{FIT} binary.npz --pair mine.py:numbers", ["(int, int)", "(model, guide)"]),
     (f"{FIT} binary.npz --pair mine.py:alone", ["Guide", "(model, guide)"]),
-    (f"{FIT} binary.npz --pair mine.py:needs", ["'width'", "needs(batch, **options)"]),
-    (f"{FIT} binary.npz --pair mine.py:takes_none", ["takes_none(batch, **options)"]),
+    (f"{FIT} binary.npz --pair mine.py:needs", ["'width'", "build(batch, **options)"]),
+    (f"{FIT} binary.npz --pair mine.py:takes_none", ["build(batch, **options)"]),
     (f"{FIT} binary.npz --pair mine.py:build -o nosuch=1", ["mine.py:build", "'nosuch'", "kind"]),
     (f"{FIT} binary.npz --pair mine.py:build -o kind=a", [line("models[kind]()"), "KeyError: a"]),
     # programs

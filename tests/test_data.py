@@ -276,7 +276,7 @@ def test_split_refuses_an_empty_part() -> None:
         ({"x": np.zeros(2)}, {"split": "train"}, "not stored in parts; divide it by"),
         ({"x_train": np.zeros(2)}, {"split": "test"}, r"came 'test', wanted one of \['train'\]"),
         ({"x_train": np.zeros(2)}, {"split": "all"}, r"came 'all', wanted one of \['train'\]"),
-        ({"x_test": np.zeros(2)}, {}, r"came 'train', wanted one of \['test'\]"),
+        ({"x_test": np.zeros(2)}, {}, r"no training rows, only \['test'\]; name them"),
         ({"x_train": np.zeros(2), "z": np.zeros(2)}, {}, r"arrays \['z'\] belong to no split"),
         ({"x": np.zeros(2)}, {"sites": ["q"]}, r"sites= names \['q'\], the file holds \['x'\]"),
         ({"x": np.zeros(2)}, {"sites": "x"}, "sites= came the text 'x'"),

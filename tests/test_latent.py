@@ -15,7 +15,7 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor, nn
 
 from pyro_vae.evaluation.latent import LatentTable, active_units
-from pyro_vae.objectives.particles import make_plan
+from pyro_vae.objectives.plan import make_plan
 from tests.exact_pairs import SIGMAS, exact_pair, linear_elbo
 from tests.small_pairs import Guide, LinearModel, Program, data
 

@@ -25,7 +25,8 @@ from pyro_vae.batch import Batch, Condition, Observed
 from pyro_vae.objectives import Elbo, Objective, Score, elbo, iwae, mean_field
 from pyro_vae.objectives import objective as objective_module
 from pyro_vae.objectives.bounds import Bound, Renyi
-from pyro_vae.objectives.particles import make_plan, run
+from pyro_vae.objectives.particles import run
+from pyro_vae.objectives.plan import make_plan
 
 NAN = math.nan
 SIGMAS = 5.0

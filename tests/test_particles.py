@@ -16,15 +16,8 @@ from torch import Tensor, nn
 
 from pyro_vae.batch import Batch
 from pyro_vae.objectives import elbo, iwae
-from pyro_vae.objectives.particles import (
-    Boundary,
-    Particles,
-    Plan,
-    SitesChanged,
-    log_q_at_rest,
-    make_plan,
-    run,
-)
+from pyro_vae.objectives.particles import Boundary, Particles, log_q_at_rest, run
+from pyro_vae.objectives.plan import Plan, SitesChanged, make_plan
 from tests.small_pairs import (
     PAIRS,
     BottomUp,

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from pyro_vae.batch import Batch
 from pyro_vae.evaluation.proposals import SCALES, SHARES, Proposal, candidates, widened
-from pyro_vae.objectives.particles import make_plan, run
+from pyro_vae.objectives.particles import run
+from pyro_vae.objectives.plan import make_plan
 from tests.exact_pairs import (
     SIGMAS,
     DiscreteGuide,

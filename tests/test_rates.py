@@ -26,7 +26,8 @@ from pyro_vae.objectives import (
     linear,
     mean_field,
 )
-from pyro_vae.objectives.particles import Particles, make_plan, run
+from pyro_vae.objectives.particles import Particles, run
+from pyro_vae.objectives.plan import make_plan
 from tests.small_pairs import (
     PAIRS,
     Annealed,

@@ -122,7 +122,12 @@ class Restless(PyroModule):
 
     def forward(self) -> list[float]:
         mean = self.net(torch.randn(6, 3)).mean()
-        return [float(mean.detach()), random.random(), float(np.random.rand()), float(torch.rand(()))]
+        return [
+            float(mean.detach()),
+            random.random(),
+            float(np.random.rand()),
+            float(torch.rand(())),
+        ]
 
 
 @pytest.mark.parametrize("fails", [False, True])

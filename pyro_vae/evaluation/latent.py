@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.objectives.particles import Particles, Plan, run
+from pyro_vae.objectives.particles import Particles, run
+from pyro_vae.objectives.plan import Plan
 from pyro_vae.objectives.rates import Analytic
 
 __all__ = ["ACTIVE", "LatentTable", "active_units"]

@@ -20,8 +20,10 @@ from pyro_vae.evaluation.diagnostics import khat_threshold, pareto_khat, tail_le
 from pyro_vae.evaluation.latent import LatentTable, active_units
 from pyro_vae.evaluation.proposals import Proposal, candidates
 from pyro_vae.evaluation.store import own_parameters
-from pyro_vae.objectives.particles import Particles, Plan, core, make_plan, run
+from pyro_vae.objectives.particles import Particles, run
+from pyro_vae.objectives.plan import Plan, make_plan
 from pyro_vae.objectives.swap import owner, preserved
+from pyro_vae.objectives.tracing import core
 
 __all__ = ["Difference", "Evaluation", "check_rows", "evaluate", "mean_and_error"]
 

@@ -14,7 +14,9 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vae.batch import Condition
-from pyro_vae.objectives.particles import Particles, Plan, Replay, core, run, trace, unwrap
+from pyro_vae.objectives.particles import Particles, run
+from pyro_vae.objectives.plan import Plan
+from pyro_vae.objectives.tracing import Replay, core, trace, unwrap
 
 __all__ = ["Proposal", "candidates"]
 

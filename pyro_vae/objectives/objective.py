@@ -17,15 +17,8 @@ from pyro_vae.batch import Batch
 from pyro_vae.objectives import estimators
 from pyro_vae.objectives.bounds import Bound, Elbo
 from pyro_vae.objectives.estimators import Estimator
-from pyro_vae.objectives.particles import (
-    Boundary,
-    Particles,
-    Plan,
-    SitesChanged,
-    log_q_at_rest,
-    make_plan,
-    run,
-)
+from pyro_vae.objectives.particles import Boundary, Particles, log_q_at_rest, run
+from pyro_vae.objectives.plan import Plan, SitesChanged, make_plan
 from pyro_vae.objectives.rates import MonteCarlo, Rate
 from pyro_vae.objectives.swap import owner, preserved
 
