@@ -170,3 +170,13 @@ def exact_pair(name: str) -> tuple[Any, Any]:
         return model, ExactGuide(model)
     ladder = LinearLadder()
     return ladder, ExactLadderGuide(ladder)
+
+
+def broad(guide: Any) -> Any:
+    """About as wide as the prior, so that importance weights have a variance."""
+    with torch.no_grad():
+        for linear in (part for part in guide.modules() if isinstance(part, nn.Linear)):
+            linear.weight *= 0.1
+            linear.bias.zero_()
+            linear.bias[len(linear.bias) // 2 :] = 1.2
+    return guide

@@ -41,7 +41,16 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from pyro_vae.batch import Batch
-from pyro_vae.objectives import bounds, estimators, objective, particles, plan, rates, swap
+from pyro_vae.objectives import (
+    bounds,
+    estimators,
+    objective,
+    particles,
+    plan,
+    rates,
+    swap,
+    tracing,
+)
 from pyro_vae.objectives.bounds import Bound, Elbo, Renyi
 from pyro_vae.objectives.estimators import STL, DReG, Estimator, Pathwise, Score
 from pyro_vae.objectives.objective import Objective
@@ -1267,9 +1276,9 @@ def planted() -> list[Planted]:
         Planted(
             "particles share what a handler draws",
             by_score,
-            (particles.trace, "for handler in handlers", "for handler in ()"),
+            (tracing.trace, "for handler in handlers", "for handler in ()"),
             (
-                particles.trace,
+                tracing.trace,
                 plate,
                 f"{plate}\n        for handler in handlers:\n"
                 "            stack.enter_context(handler)",
@@ -1279,7 +1288,7 @@ def planted() -> list[Planted]:
             "particles share the draw of one site",
             cell(BOTTOM_UP, "iwae", pathwise),
             (
-                particles.trace,
+                tracing.trace,
                 plate,
                 f"{plate}\n            from tests.gate import SharedDraw\n"
                 "            stack.enter_context(SharedDraw())",

@@ -253,7 +253,6 @@ def test_update_sigma_tracks_the_residuals_of_the_training_rows():
     z = guide.posterior(batch["x"]).sample()
     residuals = (batch["x"] - model.likelihood(z).mean).square().mean(0).sqrt()
     torch.testing.assert_close(model.likelihood.scale, residuals)
-    assert bool((model.likelihood.scale < batch["x"].std(0) * 1.2).all())
 
 
 def test_update_sigma_wants_a_sigma():

@@ -303,7 +303,8 @@ class BayesianDecoder(PyroModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear = PyroModule[nn.Linear](2, 3)
+        linear: Any = PyroModule[nn.Linear]
+        self.linear = linear(2, 3)
         self.linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([3, 2]).to_event(2))
 
     def forward(self, x: Tensor) -> None:

@@ -24,6 +24,7 @@ from tests.exact_pairs import (
     DiscreteModel,
     ExactGuide,
     LinearLadder,
+    broad,
 )
 from tests.small_pairs import BottomUp, FlowGuide, Guide, LinearModel, Program, TopDown, data
 
@@ -176,17 +177,7 @@ def full_covariance() -> tuple[Any, Program]:
     return model, ExactGuide(model, scale=0.9)
 
 
-def broad(guide: Any) -> Program:
-    """About as wide as the prior, so that importance weights have a variance."""
-    with torch.no_grad():
-        for linear in (part for part in guide.modules() if isinstance(part, nn.Linear)):
-            linear.weight *= 0.1
-            linear.bias.zero_()
-            linear.bias[len(linear.bias) // 2 :] = 1.2
-    return guide  # type: ignore[no-any-return]
-
-
-def flow(name: str) -> Program:
+def flow(name: str) -> Any:
     make = {"spline": partial(flows.spline, 2, count_bins=4), "planar": partial(flows.planar, 2)}
     return broad(FlowGuide(make[name]))
 

@@ -68,7 +68,8 @@ class Objective(ELBO):
         estimator: how its gradient is taken, an ``Estimator`` or its name.
         rate: what weighs log q - log p(z).
         penalties: callables of the ``Particles`` that return nats per row, ``[]`` or ``[B]``; those
-            that are modules own parameters, which are trained with the rest.
+            that are modules own parameters, which are trained with the rest. With ``chunk``, the
+            mean over chunks.
         num_particles: K.
         chunk: particles processed at a time. Value and gradient stay what they are, training memory
             does not grow with K. ``chunk=1`` runs particle by particle without a particle dim.
@@ -119,7 +120,7 @@ class Objective(ELBO):
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, its gradient added to the parameters; advances the schedules by one step."""
         if len(self.modules):
-            pyro.module("objective", self.modules)
+            pyro.module(f"objective_{id(self.modules)}", self.modules)  # the store has one name each
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward()

@@ -127,7 +127,7 @@ def fit(
     length = _length(len(data), epochs, steps, batch_size)
     objective = objective or elbo()
     monitor = monitor or elbo(num_particles=8, estimator="score")
-    callbacks = list(callbacks)
+    callbacks = list(callbacks) if isinstance(callbacks, Iterable) else [None]
     _check(objective, monitor, clip, patience, valid, callbacks, resume, out)
     place = _device(device, model, guide, data)
     folder = None if out is None else Folder(out)
@@ -259,7 +259,7 @@ def _check(
     if valid is not None:
         check_rows("fit: valid", valid)
     if not all(map(callable, callbacks)):
-        raise ValueError("fit: callbacks: wanted functions of the run and the record")
+        raise ValueError("fit: callbacks: wanted a list of functions of the run and the record")
     if resume and out is None:
         raise ValueError("fit: came resume=True without out, wanted the folder of the run")
 
@@ -520,5 +520,5 @@ def _rows_of(bad: Tensor, batch: Any, rows: Tensor) -> str:
     index = batch.index if isinstance(batch, Batch) else rows
     if len(index) != len(per_row):  # the program draws rows of its own from the batch
         return ""
-    numbers = index[per_row].tolist()
+    numbers = index[per_row].sort().values.tolist()
     return f" in rows {numbers[:5]}{' and more' if len(numbers) > 5 else ''}"

@@ -1,0 +1,929 @@
+"""The training loop: what it optimises, what it keeps, how it goes on and how it stops."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from pyro.optim import Adam as PyroAdam
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.optim import lr_scheduler
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_vae.batch import Batch
+from pyro_vae.evaluation import evaluate
+from pyro_vae.nn import mlp
+from pyro_vae.objectives import Objective, beta_vae, elbo, iwae
+from pyro_vae.objectives.schedules import linear
+from pyro_vae.training import fit as fit_module
+from pyro_vae.training.fit import NonFiniteError, Run
+from tests.exact_pairs import (
+    BatchGuide,
+    DiscreteModel,
+    ExactGuide,
+    LinearBatchModel,
+    OptimalGuide,
+)
+from tests.small_pairs import (
+    X_DIM,
+    Z_DIM,
+    Guide,
+    LinearModel,
+    MethodPair,
+    PyroParamGuide,
+    batch_norm,
+    data,
+)
+
+SGD: Any = partial(torch.optim.SGD, lr=0.05)
+ADAM: Any = partial(torch.optim.Adam, lr=0.05)
+STAND_STILL: Any = partial(torch.optim.SGD, lr=0.0)
+
+
+def fit(*args: Any, **options: Any) -> Run:
+    return fit_module.fit(*args, **{"progress": False, **options})
+
+
+def parameters(*modules: Any) -> list[Tensor]:
+    """Copies of parameters and buffers."""
+    tensors = [t for module in modules for t in module.state_dict().values()]
+    return [t.detach().clone() for t in tensors]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+def plain(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Without the time it took."""
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in history]
+
+
+# ---------------------------------------------------------------------------------------------
+# What is optimised
+
+
+def test_the_optimum_of_a_linear_pair():
+    """Probabilistic principal components: the ELBO's optimum is the greatest likelihood."""
+    x = data(60) @ torch.tensor([[2.0, 0.5, 0.0], [0.0, 1.0, 0.3], [0.0, 0.0, 0.5]])
+    cov = torch.cov(x.T, correction=0)
+    noise, *others = torch.linalg.eigvalsh(cov).tolist()
+    log_det = math.log(noise) + sum(map(math.log, others))
+    best = -0.5 * (X_DIM * math.log(2 * math.pi) + log_det + X_DIM)
+
+    model, guide = LinearModel(), OptimalGuide()
+    schedule = partial(lr_scheduler.LambdaLR, lr_lambda=lambda step: 0.997**step)
+    fit(*(model, guide, x, elbo(8, "stl")), steps=1500, optimizer=ADAM, scheduler=schedule)
+    assert float(model.evidence(x).mean().detach()) == pytest.approx(best, abs=3e-3)
+    e = evaluate(model, guide, x, 50, widen=False)
+    assert float(e.elbo.mean()) == pytest.approx(best, abs=3e-3)
+    assert float((e.log_p - e.elbo).abs().max()) < 0.01
+
+
+def test_loss_is_in_nats_per_row():
+    """Also where the last batch is odd; nothing is random about an exact posterior."""
+    model, x = LinearModel(), data(7)
+    run = fit(model, ExactGuide(model), x, epochs=2, batch_size=3, optimizer=STAND_STILL)
+    wanted = -float(model.evidence(x).mean().detach())
+    assert [record["loss"] for record in run.history] == [pytest.approx(wanted)] * 2
+    assert [(r["step"], r["epoch"]) for r in run.history] == [(3, 1), (6, 2)]
+
+
+class Subsampled(LinearBatchModel):
+    """A plate of the whole data set, which scales the rows of a batch by N / B."""
+
+    def forward(self, batch: Any) -> None:
+        with pyro.plate("data", batch.total, subsample=batch.index, dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([self.z_dim]).to_event(1))
+            pyro.sample("x", dist.Normal(self.net(z), self.log_scale.exp()).to_event(1))
+
+
+class SubsampledGuide(BatchGuide):
+    def forward(self, batch: Any) -> None:
+        with pyro.plate("data", batch.total, subsample=batch.index, dim=-1):
+            pyro.sample("z", self.posterior(batch["x"]))
+
+
+def test_a_subsampled_plate_changes_neither_loss_nor_learning_rate():
+    runs = []
+    for kinds in ((LinearBatchModel, BatchGuide), (Subsampled, SubsampledGuide)):
+        torch.manual_seed(0)
+        model, guide = (kind() for kind in kinds)
+        run = fit(model, guide, Batch({"x": data(7)}), epochs=2, batch_size=3, optimizer=SGD)
+        runs.append((plain(run.history), parameters(model, guide)))
+    (first, trained), (second, trained_too) = runs
+    for record, other in zip(first, second, strict=True):
+        assert record == pytest.approx(other)
+    for a, b in zip(trained, trained_too, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_row_weights():
+    model, x, weights = LinearBatchModel(), data(5), torch.tensor([0.0, 1.0, 2.0, 1.5, 0.5])
+    batch = Batch({"x": x}, weights=weights)
+    run = fit(model, ExactGuide(model), batch, epochs=1, batch_size=2, optimizer=STAND_STILL)
+    wanted = -float((weights * model.evidence(x)).mean().detach())
+    assert run.history[0]["loss"] == pytest.approx(wanted)
+
+
+class Watched(LinearModel):
+    """Keeps the rows that it was shown while training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[float]] = []
+
+    def forward(self, x: Tensor) -> None:
+        super().forward(x)
+        if torch.is_grad_enabled() and self.training:
+            self.seen.append(x[:, 0].tolist())
+
+
+def rows_seen(seed: int) -> list[list[float]]:
+    model, x = Watched(), torch.arange(7.0)[:, None].expand(7, X_DIM) / 10
+    fit(model, Guide(), x, epochs=3, batch_size=3, seed=seed)
+    return [[round(10 * number) for number in rows] for rows in model.seen]
+
+
+def test_every_row_once_an_epoch_in_an_order_of_its_own():
+    seen = rows_seen(seed=1)
+    assert [len(rows) for rows in seen] == [3, 3, 1] * 3
+    epochs = [[*seen[i], *seen[i + 1], *seen[i + 2]] for i in (0, 3, 6)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(7))] * 3
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert rows_seen(seed=1) == seen
+    assert rows_seen(seed=2) != seen
+    assert rows_seen(seed=2**62) != seen
+
+
+OPTIMIZERS = {
+    "SGD": partial(torch.optim.SGD, lr=0.02, momentum=0.5),
+    "AdamW": partial(torch.optim.AdamW, lr=0.02),
+    "RMSprop": partial(torch.optim.RMSprop, lr=0.01),
+    "Adagrad": partial(torch.optim.Adagrad, lr=0.1),
+    "LBFGS": partial(torch.optim.LBFGS, lr=0.02, max_iter=4),
+    "groups": lambda ps: torch.optim.Adam([{"params": [p], "lr": 0.02} for p in ps]),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_torch_optimizer(name: str):
+    model, guide, x = LinearModel(), OptimalGuide(), data(20)
+    run = fit(
+        *(model, guide, x, elbo(4, "stl")), epochs=15, batch_size=10, optimizer=OPTIMIZERS[name]
+    )
+    assert run.history[-1]["loss"] < run.history[0]["loss"] - 0.1
+
+
+def test_the_scheduler_steps_with_the_optimizer():
+    run = fit(
+        *(LinearModel(), Guide(), data(6)),
+        epochs=3,
+        batch_size=3,
+        optimizer=SGD,
+        scheduler=partial(lr_scheduler.StepLR, step_size=4, gamma=0.1),
+    )
+    assert [record["lr"] for record in run.history] == pytest.approx([0.05, 0.005, 0.005])
+
+
+def test_clip_bounds_the_step():
+    model, guide = LinearModel(), Guide()
+    before = parameters(model, guide)
+    fit(model, guide, 100 * data(6), steps=1, optimizer=partial(torch.optim.SGD, lr=1.0), clip=0.01)
+    change = [a - b for a, b in zip(before, parameters(model, guide), strict=True)]
+    assert float(torch.cat([c.flatten() for c in change]).norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_an_objective_warms_up_over_the_steps():
+    """The schedule reads the step of the training, in every epoch of it."""
+    model, guide, x = LinearModel(), Guide(), data(6)
+    schedule = Objective(rate=beta_vae(linear(10)).rate)
+    losses = []
+    for objective in (schedule, elbo(), beta_vae(0.0)):
+        run = fit(model, guide, x, objective, epochs=12, batch_size=6, optimizer=STAND_STILL)
+        losses.append([record["loss"] for record in run.history])
+    warm, full, none = losses
+    assert warm[0] == pytest.approx(none[0])
+    assert warm[10:] == pytest.approx(full[10:])
+    assert warm[5] == pytest.approx((none[5] + full[5]) / 2)
+
+
+# ---------------------------------------------------------------------------------------------
+# What is kept
+
+
+def script(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
+    """Let the held-out rows say this, epoch after epoch; the first look is before the training."""
+    left = iter([0.0, *values])
+    monkeypatch.setattr(fit_module, "_held_out", lambda *_: next(left))
+
+
+NAN = math.nan
+PATIENCE = {
+    "rises, then falls": ([1.0, 3.0, 2.0, 2.5, 2.9, 9.0], 3, 5, 2),
+    "rises to the end": ([1.0, 2.0, 3.0], 1, 3, 3),
+    "at once": ([5.0, 1.0, 6.0], 1, 2, 1),
+    "no number at first": ([NAN, -5.0, -6.0, -7.0, 0.0], 2, 4, 2),
+    "no number later": ([1.0, NAN, NAN, 2.0], 2, 3, 1),
+}
+
+
+@pytest.mark.parametrize("case", PATIENCE)
+def test_patience_and_the_best_parameters(case: str, monkeypatch: pytest.MonkeyPatch):
+    values, patience, last, best = PATIENCE[case]
+    script(monkeypatch, values)
+    model, guide, kept = LinearModel(), Guide(batch_norm()), []
+    run = fit(
+        *(model, guide, data(8)),
+        epochs=len(values),
+        batch_size=4,
+        optimizer=SGD,
+        valid=data(3),
+        patience=patience,
+        callbacks=[lambda run, record: kept.append(parameters(model, guide))],
+    )
+    assert len(run.history) == last
+    assert run.stopped == ("patience" if last < len(values) or case == "at once" else "epochs")
+    assert run.best["epoch"] == best
+    assert same(parameters(model, guide), kept[best - 1])
+
+
+def test_the_last_parameters_are_kept_without_held_out_rows():
+    model, guide, kept = LinearModel(), Guide(), []
+    run = fit(
+        *(model, guide, data(8)),
+        epochs=3,
+        callbacks=[lambda run, record: kept.append(parameters(model, guide))],
+    )
+    assert same(parameters(model, guide), kept[-1])
+    assert run.best == run.history[-1]
+
+
+def test_the_monitor_is_not_what_is_optimised():
+    """The same for every objective, the bound of all rows in evaluation mode, without any noise of
+    its own from epoch to epoch."""
+    found = []
+    for objective in (elbo(), iwae(5), beta_vae(0.1)):
+        torch.manual_seed(0)
+        model, guide = LinearModel(), Guide(mlp((X_DIM, 8, 2 * Z_DIM), nn.Tanh, dropout=0.5))
+        options = {"epochs": 2, "optimizer": STAND_STILL, "valid": data(9, seed=2)}
+        run = fit(model, guide, data(6), objective, **options)
+        found.append([record["valid"] for record in run.history])
+    assert found[0] == found[1] == found[2]
+    assert found[0][0] == found[0][1]
+    exact = LinearModel()
+    run = fit(exact, ExactGuide(exact), data(6), valid=data(9), epochs=1, optimizer=STAND_STILL)
+    assert run.best["valid"] == pytest.approx(float(exact.evidence(data(9)).mean().detach()))
+
+
+def test_another_monitor():
+    model, guide, x = LinearModel(), Guide(), data(200)
+    options = {"epochs": 1, "optimizer": STAND_STILL, "valid": x}
+    tight = fit(model, guide, x, monitor=iwae(64), **options).best["valid"]
+    assert tight > fit(model, guide, x, **options).best["valid"]
+
+
+def test_held_out_rows_change_nothing_but_what_is_kept():
+    histories = []
+    for valid in (None, data(5, seed=1)):
+        torch.manual_seed(0)
+        model, guide = LinearModel(), Guide(batch_norm())
+        run = fit(model, guide, data(8), epochs=3, batch_size=4, valid=valid)
+        histories.append([record["loss"] for record in run.history])
+    assert histories[0] == histories[1]
+
+
+def test_callbacks():
+    """All of them after every epoch, also if they came as a generator; one may end the training."""
+    calls: list[Any] = []
+
+    def make() -> Iterator[Callable[[Run, dict[str, float]], None]]:
+        yield lambda run, record: calls.append((run.history[-1] is record, record["epoch"]))
+        yield stop
+
+    def stop(run: Run, record: dict[str, float]) -> None:
+        if record["epoch"] == 3:
+            raise StopIteration
+
+    run = fit(LinearModel(), Guide(), data(6), epochs=10, callbacks=make())
+    assert calls == [(True, 1), (True, 2), (True, 3)]
+    assert run.stopped == "callback"
+
+
+def test_a_look_at_the_pair_does_not_disturb_the_training():
+    def look(run: Run, record: dict[str, float]) -> None:
+        run.evaluate(data(4), 10)
+
+    found = []
+    for callbacks in ([], [look]):
+        torch.manual_seed(0)
+        model, guide = LinearModel(), Guide(batch_norm())
+        fit(model, guide, data(8), epochs=3, batch_size=4, callbacks=callbacks)
+        found.append(parameters(model, guide))
+    assert same(*found)
+
+
+@pytest.mark.parametrize(
+    ("length", "stopped"), [({"epochs": 2}, "epochs"), ({"steps": 3}, "steps")]
+)
+def test_what_a_run_says(length: dict[str, int], stopped: str):
+    objective = iwae(3)
+    run = fit(LinearModel(), Guide(), data(4), objective, batch_size=2, seed=5, **length)
+    assert run.stopped == stopped
+    assert run.history[-1]["step"] == length.get("steps", 4)
+    assert run.config["seed"] == 5
+    assert run.config["rows"] == 4
+    assert run.config["objective"] == repr(objective)
+    assert set(run.history[0]) == {"step", "epoch", "seconds", "loss", "lr"}
+
+
+# ---------------------------------------------------------------------------------------------
+# Programs of all kinds
+
+
+def function_pair() -> tuple[Any, Any]:
+    decoder = nn.Linear(Z_DIM, X_DIM)
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        scale = pyro.param("scale", torch.tensor(2.0), constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([Z_DIM]).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), scale).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        loc = x @ pyro.param("weight", torch.zeros(X_DIM, Z_DIM))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    model.decoder = decoder  # type: ignore[attr-defined]
+    return model, guide
+
+
+def test_functions_are_trained_in_the_global_store():
+    model, guide = function_pair()
+    before = model.decoder.weight.detach().clone()
+    run = fit(model, guide, data(8), epochs=20, optimizer=ADAM)
+    store = pyro.get_param_store()
+    assert set(store.keys()) == {"decoder$$$weight", "decoder$$$bias", "scale", "weight"}
+    assert float(store["scale"].detach()) < 2.0
+    assert bool((store["weight"] != 0).any())
+    assert not torch.equal(model.decoder.weight, before)
+    again = fit(model, guide, data(8), epochs=1, optimizer=STAND_STILL)
+    assert again.history[0]["loss"] < run.history[0]["loss"]
+
+
+def test_methods_of_one_module():
+    pair = MethodPair()
+    before = parameters(pair)
+    fit(pair.model, pair.guide, data(8), epochs=2, optimizer=SGD)
+    assert not any(torch.equal(a, b) for a, b in zip(before, parameters(pair), strict=True))
+
+
+class HalfStored(LinearModel):
+    """A module that makes one of its parameters by ``pyro.param``."""
+
+    def forward(self, x: Tensor) -> None:
+        shift = pyro.param("shift", torch.zeros(X_DIM))
+        super().forward(x - shift)
+
+
+def test_a_module_that_uses_the_store_as_well():
+    """What was trained is found again: by the next training, by an evaluation, by the user."""
+    pyro.param("somebody else's", torch.tensor(7.0))
+    model, guide, x = HalfStored(), Guide(), data(8) + 3
+    fit(model, guide, x, epochs=100, optimizer=ADAM)
+    store = pyro.get_param_store()
+    assert set(store.keys()) == {"somebody else's", "shift"}
+    shift = store["shift"].detach().clone()
+    assert bool((shift > 0.5).all())
+    fit(model, guide, x, epochs=1, optimizer=STAND_STILL)
+    assert torch.equal(store["shift"], shift)
+    e = evaluate(model, guide, x, 10)
+    pyro.clear_param_store()
+    assert e.versus(evaluate(model, guide, x, 10)).mean > 0.5
+
+
+def test_pairs_do_not_share_their_parameters():
+    x = data(8)
+
+    def train(model: Any, guide: Any) -> list[Tensor]:
+        fit(model, guide, x, epochs=3, optimizer=SGD)
+        return parameters(model, guide)
+
+    first, second = [(LinearModel(), PyroParamGuide()) for _ in range(2)]
+    alone = train(*copy.deepcopy(second))
+    trained = train(*first)
+    assert same(train(*second), alone)
+    assert same(parameters(*first), trained)
+    assert list(pyro.get_param_store().keys()) == []
+
+
+def test_the_store_of_others_is_left_alone():
+    """A parameter of the same name that somebody trained by other means."""
+    other = PyroParamGuide()
+    other(data(3))
+    names = set(pyro.get_param_store().keys())
+    before, model, guide = parameters(other), LinearModel(), PyroParamGuide()
+    start = parameters(guide)
+    fit(model, guide, data(8), epochs=1, optimizer=STAND_STILL)
+    assert same(parameters(guide), start)
+    assert same(parameters(other), before)
+    assert set(pyro.get_param_store().keys()) == names
+    assert dict(pyro.get_param_store().named_parameters())["scale"] is other.scale_unconstrained
+
+
+def test_parameters_that_do_not_exist_yet():
+    """An autoguide makes its parameters, and a lazy layer its shape, in the first run."""
+    model, x = LinearModel(), data(6)
+    auto = AutoNormal(model)
+    run = fit(model, auto, x, epochs=60, optimizer=ADAM)
+    assert run.history[-1]["loss"] < run.history[0]["loss"]
+    assert len(list(auto.parameters())) == 2
+    layer = nn.LazyLinear(2 * Z_DIM)
+    lazy = Guide(layer)
+    before = parameters(model)
+    fit(model, lazy, x, epochs=1, optimizer=SGD)
+    assert not same(parameters(model), before)
+    assert layer.weight.shape == (2 * Z_DIM, X_DIM)
+
+
+def test_frozen_parameters_stay():
+    model, guide = LinearModel(), Guide()
+    model.net.weight.requires_grad_(False)
+    before = model.net.weight.clone()
+    fit(model, guide, data(6), epochs=2, optimizer=partial(torch.optim.Adam, weight_decay=0.1))
+    assert torch.equal(model.net.weight, before)
+
+
+def test_the_random_state_is_left_as_it_was():
+    model, guide = LinearModel(), Guide(mlp((X_DIM, 8, 2 * Z_DIM), nn.Tanh, dropout=0.5))
+    before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+    fit(model, guide, data(6), epochs=2, valid=data(3))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), str(np.random.get_state())) == before[1:]
+
+
+def test_a_seed_makes_a_run():
+    found: list[list[Tensor]] = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(0)
+        model, guide = LinearModel(), Guide()
+        torch.manual_seed(len(found))
+        fit(model, guide, data(8), epochs=2, batch_size=4, seed=seed)
+        found.append(parameters(model, guide))
+    assert same(found[0], found[1])
+    assert not same(found[0], found[2])
+
+
+# ---------------------------------------------------------------------------------------------
+# Going on
+
+
+def dropout_pair() -> tuple[Any, Any]:
+    return LinearModel(), Guide(mlp((X_DIM, 8, 2 * Z_DIM), nn.Tanh, dropout=0.5))
+
+
+VALID = torch.randn(4, X_DIM, dtype=torch.float64)
+RESUMED: dict[str, tuple[Callable[[], tuple[Any, Any]], dict[str, Any]]] = {
+    "plain": (lambda: (LinearModel(), Guide()), {"optimizer": ADAM}),
+    "held-out rows": (lambda: (LinearModel(), Guide()), {"valid": VALID, "optimizer": ADAM}),
+    "dropout": (dropout_pair, {"optimizer": SGD}),
+    "BatchNorm": (lambda: (LinearModel(), Guide(batch_norm())), {"valid": VALID}),
+    "KL warm-up": (lambda: (LinearModel(), Guide()), {"objective": beta_vae(linear(20))}),
+    "scheduler": (
+        lambda: (LinearModel(), Guide()),
+        {
+            "optimizer": partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+            "scheduler": partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=40),
+        },
+    ),
+    "several schedulers": (
+        lambda: (LinearModel(), Guide()),
+        {
+            "scheduler": lambda optimizer: lr_scheduler.SequentialLR(
+                optimizer,
+                [
+                    lr_scheduler.LinearLR(optimizer, total_iters=3),
+                    lr_scheduler.MultiStepLR(optimizer, [2, 9]),
+                ],
+                [3],
+            ),
+        },
+    ),
+    "PyroParam": (lambda: (LinearModel(), PyroParamGuide()), {"optimizer": ADAM}),
+    "LBFGS": (
+        lambda: (LinearModel(), Guide()),
+        {"optimizer": partial(torch.optim.LBFGS, lr=0.1, max_iter=2)},
+    ),
+    "DReG in chunks": (
+        lambda: (LinearModel(), Guide()),
+        {"objective": iwae(4, estimator="dreg", chunk=2)},
+    ),
+    "half in the store": (lambda: (HalfStored(), Guide()), {"optimizer": ADAM}),
+}
+
+
+def fresh(kind: str, seed: int = 0) -> tuple[Any, Any]:
+    pyro.clear_param_store()
+    torch.manual_seed(seed)
+    return RESUMED[kind][0]()
+
+
+def result(run: Run) -> tuple[list[Tensor], Any, Any]:
+    stored = [t.detach().clone() for _, t in sorted(pyro.get_param_store().items())]
+    everything = [*parameters(run.model, run.guide), *stored]
+    return everything, plain(run.history), plain([run.best])
+
+
+def assert_equal_runs(a: tuple[Any, Any, Any], b: tuple[Any, Any, Any]) -> None:
+    assert same(a[0], b[0])
+    assert a[1:] == b[1:]
+
+
+@pytest.mark.parametrize("stop", [6, 8], ids=["after an epoch", "within an epoch"])
+@pytest.mark.parametrize("kind", RESUMED)
+def test_a_resumed_run_is_one_that_never_stopped(kind: str, stop: int, tmp_path: Path):
+    """Bit by bit, from a pair that starts elsewhere: three steps an epoch, of which the last is odd."""
+    options = {"data": data(8), "batch_size": 3, "seed": 3, **RESUMED[kind][1]}
+    whole = result(fit(*fresh(kind), steps=14, **options))
+    fit(*fresh(kind), steps=stop, out=tmp_path, **options)
+    torch.manual_seed(99)
+    second = fit(*fresh(kind, seed=1), steps=14, out=tmp_path, resume=True, **options)
+    assert_equal_runs(result(second), whole)
+    again = fit(*fresh(kind, seed=2), steps=14, out=tmp_path, resume=True, **options)
+    assert_equal_runs(result(again), whole)  # there was nothing left to do
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_run_that_was_cut_off(error: Any, tmp_path: Path):
+    options: dict[str, Any] = {"data": data(8), "batch_size": 3, "epochs": 5, "optimizer": ADAM}
+    whole = result(fit(*fresh("plain"), **options))
+
+    def cut(run: Run, record: dict[str, float]) -> None:
+        if record["epoch"] == 3:
+            raise error("power is gone")
+
+    with pytest.raises(error):
+        fit(*fresh("plain"), out=tmp_path, callbacks=[cut], **options)
+    resumed = fit(*fresh("plain", seed=1), out=tmp_path, resume=True, **options)
+    assert_equal_runs(result(resumed), whole)
+
+
+def test_patience_goes_on_counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    options: dict[str, Any] = {"data": data(8), "valid": data(3), "out": tmp_path, "patience": 3}
+    script(monkeypatch, [1.0, 5.0, 4.0])
+    fit(*fresh("plain"), epochs=3, **options)
+    script(monkeypatch, [4.0, 4.0, 9.0])
+    run = fit(*fresh("plain"), epochs=9, resume=True, **options)
+    assert (len(run.history), run.best["epoch"], run.stopped) == (5, 2, "patience")
+    script(monkeypatch, [9.0])
+    run = fit(*fresh("plain"), epochs=9, resume=True, **options)
+    assert (len(run.history), run.best["epoch"], run.stopped) == (5, 2, "patience")
+
+
+OTHERS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "seed": (None, {"seed": 4}, "seed 4, the run has 0"),
+    "batch size": (None, {"batch_size": 5}, "batch_size 5, the run has 3"),
+    "rows": (None, {"data": VALID}, "rows 4, the run has 8"),
+    "optimizer": (None, {"optimizer": SGD}, "optimizer SGD, the run has Adam"),
+    "scheduler": (
+        None,
+        {"scheduler": partial(lr_scheduler.StepLR, step_size=2)},
+        "scheduler StepLR, the run has NoneType",
+    ),
+    "shape": (lambda: (LinearModel(3), Guide(nn.Linear(X_DIM, 6))), {}, "not of this pair"),
+    "modules": (lambda: (LinearModel(), PyroParamGuide()), {}, "not of this pair"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_run_of_another_kind_is_not_resumed(case: str, tmp_path: Path):
+    make, changes, message = OTHERS[case]
+    options: dict[str, Any] = {"data": data(8), "batch_size": 3, "out": tmp_path, "epochs": 2}
+    fit(*fresh("plain"), **options)
+    pair = make() if make else fresh("plain")
+    with pytest.raises(ValueError, match=message):
+        fit(*pair, **{**options, **changes, "resume": True})
+
+
+# ---------------------------------------------------------------------------------------------
+# NaN and inf
+
+
+def assert_stops(
+    pair: tuple[Any, Any], rows: Any, message: str, step: int, **options: Any
+) -> NonFiniteError:
+    """Training stops, and the pair is where the steps before had brought it."""
+    torch.manual_seed(0)
+    start = copy.deepcopy([part.state_dict() for part in pair])
+    with pytest.raises(NonFiniteError, match=message) as caught:
+        fit(*pair, rows, **options)
+    assert f"step {step}:" in str(caught.value)
+    left = parameters(*pair)
+    assert all(bool(torch.isfinite(t).all()) for t in left)
+    assert caught.value.run.stopped == "non-finite"
+    assert caught.value.run.model is pair[0]
+    for part, state in zip(pair, start, strict=True):
+        part.load_state_dict(state)
+    if step > 1:
+        length = {k: v for k, v in options.items() if k not in ("epochs", "valid")}
+        fit(*pair, rows, **{**length, "steps": step - 1})
+    assert same(parameters(*pair), left)
+    return caught.value
+
+
+def place_of(row: int, rows: int, batch_size: int = 1, seed: int = 0) -> int:
+    """The step of the first epoch that meets a row."""
+    order = fit_module._order(rows, seed, 0).tolist()
+    return order.index(row) // batch_size + 1
+
+
+def test_a_row_that_is_not_a_number():
+    x = data(40)
+    x[17, 1] = NAN
+    message = r"site 'z': its posterior density is not finite in rows \[17\]"
+    step = place_of(17, 40, 4)
+    assert_stops((LinearModel(), Guide()), x, message, step, epochs=2, batch_size=4, optimizer=SGD)
+
+
+def test_rows_go_by_their_numbers_in_the_data_set():
+    x = data(40)
+    x[[13, 19]] = 1e200
+    batch = Batch({"x": x}).rows(slice(10, 30))
+    pair = LinearBatchModel(), broad_guide()
+    message = r"site 'x': its likelihood density is not finite in rows \[13, 19\]"
+    assert_stops(pair, batch, message, 1, epochs=2, optimizer=SGD)
+
+
+def broad_guide() -> BatchGuide:
+    """A guide that does not look at its data."""
+    layer = nn.Linear(X_DIM, 2 * Z_DIM)
+    nn.init.zeros_(layer.weight)
+    return BatchGuide(layer)
+
+
+def test_many_rows_are_not_all_listed():
+    message = r"in rows \[0, 1, 2, 3, 4\] and more"
+    x = torch.full((9, X_DIM), 1e200)
+    with pytest.raises(NonFiniteError, match=message):
+        fit(LinearBatchModel(), broad_guide(), Batch({"x": x}), epochs=1)
+
+
+def test_a_learning_rate_that_explodes():
+    pair = LinearModel(), Guide()
+    torch.manual_seed(0)
+    with pytest.raises(NonFiniteError, match=r"site|learning rate|gradient") as caught:
+        fit(*pair, data(8), steps=400, optimizer=partial(torch.optim.SGD, lr=1e4))
+    assert all(bool(torch.isfinite(t).all()) for t in parameters(*pair))
+    assert caught.value.run.stopped == "non-finite"
+
+
+class InfiniteGradient(LinearModel):
+    """sqrt(0) is 0, and its gradient is not finite: in the rows whose first entry is above 5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> None:
+        wrong = (x[:, 0] > 5).sum() * self.extra
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([self.z_dim]).to_event(1))
+            loc = self.net(z) + (wrong.abs().sqrt() if bool((x[:, 0] > 5).any()) else 0.0)
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+
+# Steps are looked at every 100: deep within, the first, the last before and after a look, the last.
+@pytest.mark.parametrize("step", [1, 37, 99, 100, 101, 150, 200, 230])
+def test_an_infinite_gradient_under_a_finite_loss(step: int):
+    rows = 230
+    x = data(rows)
+    x[:, 0] = 0.1 * x[:, 0]
+    x[fit_module._order(rows, 0, 0)[step - 1], 0] = 6.0
+    message = "gradient of model.extra is not finite; the state before it is kept"
+    assert_stops(
+        *((InfiniteGradient(), Guide()), x, message, step),
+        epochs=1,
+        batch_size=1,
+        optimizer=partial(torch.optim.Adam, lr=1e-3),
+    )
+
+
+def test_in_a_later_epoch(monkeypatch: pytest.MonkeyPatch):
+    """With dropout, a schedule and running statistics on the way."""
+    torch.manual_seed(0)
+    model, x = LinearModel(), data(9)
+    guide = Guide(nn.Sequential(batch_norm(), nn.Dropout(0.2)))
+    poisoned = Poison(11)
+    options: dict[str, Any] = {"optimizer": poisoned, "batch_size": 3}
+    with pytest.raises(NonFiniteError, match="step 11: the optimizer's step left parameters"):
+        fit(model, guide, x, beta_vae(linear(5)), epochs=9, **options)
+    left = parameters(model, guide)
+    torch.manual_seed(0)
+    model, guide = LinearModel(), Guide(nn.Sequential(batch_norm(), nn.Dropout(0.2)))
+    fit(model, guide, x, beta_vae(linear(5)), steps=10, **{**options, "optimizer": Poison(99)})
+    assert same(parameters(model, guide), left)
+
+
+class Poison:
+    """An optimizer whose step number ``at`` is not finite."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def __call__(self, parameters: Any) -> torch.optim.Optimizer:
+        parameters, at = list(parameters), self.at
+
+        class Poisoned(torch.optim.Adam):
+            @torch.no_grad()
+            def step(self, closure: Any = None) -> Any:
+                loss = super().step(closure)
+                steps = {float(state["step"]) for state in self.state.values()}
+                if at in steps:
+                    parameters[0].fill_(math.inf)
+                return loss
+
+        return Poisoned(parameters, lr=0.01)
+
+
+class CategoricalGuide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(X_DIM, 3)
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=self.net(x)))
+
+
+def test_draws_that_fail_once_a_parameter_is_not_finite():
+    """The step after the bad one raises an error of its own, within the hundred steps."""
+    torch.manual_seed(0)
+    pair = DiscreteModel(), CategoricalGuide()
+    options: dict[str, Any] = {"objective": elbo(estimator="score"), "batch_size": 2}
+    with pytest.raises(NonFiniteError, match=r"step 7: .* lower the learning rate"):
+        fit(*pair, data(40), epochs=2, optimizer=PoisonGuide(7), **options)
+    assert all(bool(torch.isfinite(t).all()) for t in parameters(*pair))
+
+
+class PoisonGuide(Poison):
+    def __call__(self, parameters: Any) -> torch.optim.Optimizer:
+        return super().__call__(list(parameters)[::-1])
+
+
+def test_an_error_of_the_program_is_not_taken_for_one_of_the_numbers():
+    class Fails(LinearModel):
+        def forward(self, x: Tensor) -> None:
+            super().forward(x)
+            if torch.is_grad_enabled() and self.training and len(x) == 1:
+                raise RuntimeError("no single rows")
+
+    with pytest.raises(RuntimeError, match="no single rows"):
+        fit(Fails(), Guide(), data(7), epochs=1, batch_size=3)
+
+
+def test_the_best_parameters_are_finite(tmp_path: Path):
+    """A last step that leaves no finite parameters is noticed; the saved state is the one before."""
+    pair = fresh("plain")
+    options: dict[str, Any] = {"valid": data(3), "batch_size": 4, "out": tmp_path}
+    with pytest.raises(NonFiniteError, match="step 6:"):
+        fit(*pair, data(8), epochs=3, optimizer=Poison(6), **options)
+    run = fit(*fresh("plain", 1), data(8), epochs=2, optimizer=Poison(9), resume=True, **options)
+    assert [record["step"] for record in run.history] == [2, 4]
+
+
+# ---------------------------------------------------------------------------------------------
+# Speed
+
+
+class Waits(TorchDispatchMode):
+    """How often the host reads a number from the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+PROGRAMS: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
+    "tensor": lambda: (LinearModel(), Guide(), data(90)),
+    "batch": lambda: (LinearBatchModel(), BatchGuide(), Batch({"x": data(90)})),
+    "missing": lambda: (
+        *(LinearBatchModel(), BatchGuide()),
+        Batch({"x": torch.where(data(90) > 1, NAN, data(90))}),
+    ),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("objective", [elbo(2), iwae(3, estimator="dreg"), beta_vae(linear(9))])
+def test_a_healthy_step_waits_for_nothing(program: str, objective: Objective):
+    counts = []
+    for batch_size in (9, 3):  # 10 and 30 steps an epoch
+        with Waits() as waits:
+            options = {"epochs": 1, "optimizer": SGD, "clip": 1.0}
+            fit(*PROGRAMS[program](), objective, batch_size=batch_size, **options)
+        counts.append(waits.count)
+    assert counts[0] == counts[1]
+
+
+# ---------------------------------------------------------------------------------------------
+# Arguments
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no length": ({}, "epochs=None and steps=None"),
+    "two lengths": ({"epochs": 1, "steps": 1}, "wanted one of them"),
+    "epochs": ({"epochs": 0}, "epochs=0"),
+    "half an epoch": ({"epochs": 0.5}, "epochs=0.5"),
+    "steps": ({"steps": -3}, "steps=-3"),
+    "batch size": ({"epochs": 1, "batch_size": 0}, "batch_size=0"),
+    "no rows": ({"epochs": 1, "data": data(6)[:0]}, "data came without rows"),
+    "array": ({"epochs": 1, "data": np.zeros((3, 3))}, "data came as ndarray"),
+    "list": ({"epochs": 1, "data": [data(6)]}, "data came as list"),
+    "valid without rows": ({"epochs": 1, "valid": data(6)[:0]}, "valid came without rows"),
+    "valid array": ({"epochs": 1, "valid": np.zeros((3, 3))}, "valid came as ndarray"),
+    "clip": ({"epochs": 1, "clip": 0.0}, "clip=0.0"),
+    "clip not a number": ({"epochs": 1, "clip": NAN}, "clip=nan"),
+    "patience alone": ({"epochs": 1, "patience": 1}, "patience without valid"),
+    "no patience": ({"epochs": 1, "patience": 0, "valid": data(3)}, "patience=0"),
+    "resume": ({"epochs": 1, "resume": True}, "resume=True without out"),
+    "device": ({"epochs": 1, "device": "abacus"}, "device: came 'abacus'"),
+    "level": ({"epochs": 1, "compile": "turbo"}, "compile: came 'turbo'"),
+    "objective by name": ({"epochs": 1, "objective": "elbo"}, "objective came as str"),
+    "recipe not called": ({"epochs": 1, "objective": iwae}, "objective came as function"),
+    "Pyro's loss": ({"epochs": 1, "objective": Trace_ELBO()}, "objective came as Trace_ELBO"),
+    "monitor": ({"epochs": 1, "valid": data(3), "monitor": "elbo"}, "monitor came as str"),
+    "Pyro's optimizer": (
+        {"epochs": 1, "optimizer": PyroAdam({"lr": 0.1})},
+        "optimizer: came .*, wanted a function",
+    ),
+    "ready optimizer": (
+        {"epochs": 1, "optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))])},
+        "optimizer: came SGD, wanted a function",
+    ),
+    "ready scheduler": (
+        {
+            "epochs": 1,
+            "scheduler": lr_scheduler.StepLR(torch.optim.SGD([nn.Parameter(torch.ones(1))]), 3),
+        },
+        "scheduler: came StepLR, wanted a function",
+    ),
+    "scheduler by metric": (
+        {"epochs": 1, "scheduler": lr_scheduler.ReduceLROnPlateau},
+        "ReduceLROnPlateau waits for a metric",
+    ),
+    "callback": ({"epochs": 1, "callbacks": ["print"]}, "callbacks: wanted functions"),
+    "single callback": ({"epochs": 1, "callbacks": print}, "callbacks: wanted"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments(case: str):
+    options, message = BAD[case]
+    model, guide = LinearModel(), Guide()
+    before = parameters(model, guide)
+    with pytest.raises(ValueError, match=message):
+        fit(model, guide, **{"data": data(6), **options})
+    assert same(parameters(model, guide), before)
+
+
+def test_a_pair_without_parameters():
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0).expand([X_DIM]).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match="no parameters"):
+        fit(model, lambda x: None, data(6), epochs=1)
+
+
+def test_a_pair_that_the_monitor_refuses_is_refused_at_once():
+    class NoPlate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loc = nn.Parameter(torch.zeros(X_DIM))
+
+        def forward(self, x: Tensor) -> None:
+            pyro.sample("x", dist.Normal(self.loc, 1.0).expand(x.shape).to_event(2), obs=x)
+
+    calls: list[Any] = []
+    options: dict[str, Any] = {"epochs": 1, "callbacks": [lambda *args: calls.append(args)]}
+    fit(NoPlate(), lambda x: None, data(6), **options)
+    with pytest.raises(ValueError, match="plate over rows"):
+        fit(NoPlate(), lambda x: None, data(6), valid=data(3), **options)
+    assert len(calls) == 1
