@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pyro_vae.batch import Batch, Condition
 from pyro_vae.objectives.objective import Objective
 from pyro_vae.objectives.plan import Plan, Problem, broadcasts, make_plan, problems
+from pyro_vae.objectives.support import inside, kind, outside
 from pyro_vae.objectives.swap import owner, preserved
 from pyro_vae.objectives.tracing import (
     Program,
@@ -366,12 +367,12 @@ def _fit_together(pair: _Pair) -> Iterator[Finding]:
                 f"{_sizes(p)}",
                 "put it into the same plates in both",
             )
-        elif not p["is_observed"] and _inside(q["fn"], _draw_of(p["fn"])) is False:
+        elif not p["is_observed"] and not _reaches(q["fn"], p["fn"]):
             yield Finding(
                 "warning",
                 name,
-                f"the guide's {_kind(q['fn'])} can't reach values that the model's "
-                f"{_kind(p['fn'])} draws",
+                f"the guide's {kind(q['fn'])} can't reach values that the model's "
+                f"{kind(p['fn'])} draws",
                 "give both the same support",
             )
 
@@ -494,38 +495,12 @@ def _support(pair: _Pair) -> Iterator[Finding]:
     for name, site in pair.model_sites.items():
         if not site["is_observed"] and "observed" not in site["infer"]:
             continue
-        fn, value = core(unmasked_fn(site)), site["value"]
-        inside = _inside(fn, value, whole=False)
-        if not isinstance(inside, Tensor):
-            continue
+        fn = core(unmasked_fn(site))
         mask = site["infer"].get("drawn", site["infer"].get("observed"))
-        if isinstance(mask, Tensor):
-            mask = mask.flatten(-fn.event_dim).all(-1) if fn.event_dim else mask
-            inside = inside | ~mask
-        if bool(inside.all()):
-            continue
-        where = (~inside).nonzero()
-        event = value.shape[value.dim() - fn.event_dim :]
-        example = value.expand(inside.shape + event)[tuple(where[0])].tolist()
-        example = f"{example:g}" if isinstance(example, int | float) else example
-        yield Finding(
-            "error",
-            name,
-            f"data outside the support of the {_kind(fn)}: {len(where)} of {inside.numel()} "
-            f"entries, such as {example}",
-            _CURES.get(_kind(fn), "transform the data, or use a likelihood that takes such values"),
-        )
-
-
-_CURES = {
-    "Bernoulli": "binarize the data, or use ContinuousBernoulli for values in [0, 1], Binomial for "
-    "counts, Gaussian for real values",
-    "ContinuousBernoulli": "scale the data to [0, 1], or use Binomial for counts, Gaussian for real "
-    "values",
-    "Binomial": "use whole numbers from 0 to total_count, raise total_count, or use "
-    "ContinuousBernoulli for values in [0, 1], Gaussian for real values",
-    "Categorical": "use whole numbers from 0 to the number of classes - 1",
-}
+        mask = mask if isinstance(mask, Tensor) else None
+        with suppress(NotImplementedError):
+            if problem := outside(kind(fn), fn.support, fn.event_dim, site["value"], mask):
+                yield Finding("error", name, *problem)
 
 
 def _finite(pair: _Pair) -> Iterator[Finding]:
@@ -534,7 +509,7 @@ def _finite(pair: _Pair) -> Iterator[Finding]:
         if source == "model" and site["name"] in outside:
             continue
         wrong = [
-            f"{name} of its {_kind(site['fn'])} is not {constraint}"
+            f"{name} of its {kind(site['fn'])} is not {constraint}"
             for name, constraint, value in _arguments(core(site["fn"]))
             if not bool(constraint.check(value).all())
         ]
@@ -545,7 +520,7 @@ def _finite(pair: _Pair) -> Iterator[Finding]:
             yield Finding(
                 "error",
                 site["name"],
-                f"the {source}'s {_kind(site['fn'])} can't score values of type "
+                f"the {source}'s {kind(site['fn'])} can't score values of type "
                 f"{site['value'].dtype}: {reason}",
                 "convert the data, say by .float()",
             )
@@ -883,10 +858,6 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + more
 
 
-def _kind(fn: Any) -> str:
-    return type(core(fn)).__name__.lstrip("_")
-
-
 def _sizes(site: Site) -> dict[int, int]:
     """Vectorised plates around a site, dim -> size."""
     return {f.dim: f.size for f in site["cond_indep_stack"] if f.vectorized}
@@ -899,24 +870,13 @@ def _plate_scale(site: Site) -> float:
     return scale
 
 
-def _draw_of(fn: Any) -> Tensor | None:
+def _reaches(q: Any, p: Any) -> bool:
+    """Whether q's support holds what p draws, as far as it can be told."""
     try:
-        value: Tensor = fn.sample()
+        allowed = inside(q.support, p.sample())
     except (NotImplementedError, RuntimeError):
-        return None
-    return value
-
-
-def _inside(fn: Any, value: Tensor | None, whole: bool = True) -> Any:
-    """Whether values lie in the support (if ``whole``: all of them); None where it is not known."""
-    if value is None:
-        return None
-    value = value.to(torch.uint8) if value.dtype == torch.bool else value
-    try:
-        inside = fn.support.check(value)
-    except (NotImplementedError, ValueError, AttributeError):
-        return None
-    return bool(inside.all()) if whole else inside
+        return True
+    return allowed is None or bool(allowed.all())
 
 
 def _equal(a: Any, b: Any) -> bool:

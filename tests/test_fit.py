@@ -17,7 +17,7 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
-from pyro.optim import Adam as PyroAdam
+from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.optim import lr_scheduler
@@ -90,7 +90,7 @@ def test_the_optimum_of_a_linear_pair():
     assert float(model.evidence(x).mean().detach()) == pytest.approx(best, abs=3e-3)
     e = evaluate(model, guide, x, 50, widen=False)
     assert float(e.elbo.mean()) == pytest.approx(best, abs=3e-3)
-    assert float((e.log_p - e.elbo).abs().max()) < 0.01
+    assert float((e.log_p - e.elbo).abs().max()) < 0.05
 
 
 def test_loss_is_in_nats_per_row():
@@ -870,7 +870,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "Pyro's loss": ({"epochs": 1, "objective": Trace_ELBO()}, "objective came as Trace_ELBO"),
     "monitor": ({"epochs": 1, "valid": data(3), "monitor": "elbo"}, "monitor came as str"),
     "Pyro's optimizer": (
-        {"epochs": 1, "optimizer": PyroAdam({"lr": 0.1})},
+        {"epochs": 1, "optimizer": PyroOptim(torch.optim.Adam, {"lr": 0.1})},
         "optimizer: came .*, wanted a function",
     ),
     "ready optimizer": (
@@ -888,8 +888,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"epochs": 1, "scheduler": lr_scheduler.ReduceLROnPlateau},
         "ReduceLROnPlateau waits for a metric",
     ),
-    "callback": ({"epochs": 1, "callbacks": ["print"]}, "callbacks: wanted functions"),
-    "single callback": ({"epochs": 1, "callbacks": print}, "callbacks: wanted"),
+    "callback": ({"epochs": 1, "callbacks": ["print"]}, "callbacks: wanted a list"),
+    "single callback": ({"epochs": 1, "callbacks": print}, "callbacks: wanted a list"),
 }
 
 

@@ -76,9 +76,11 @@ def test_elbo(chunk: int):
 
 @pytest.mark.parametrize("kind", ["one layer", "two layers"])
 def test_elbo_of_an_exact_posterior_is_the_evidence(kind: str):
+    """Nothing is left of the draws, though rates in closed form would leave the likelihood's."""
     model, guide = exact_pair(kind)
     x = data(5)
-    assert_mean(torch.cat(table(model, guide, x.repeat(400, 1), 4).elbo), model.evidence(x))
+    elbo = torch.cat(table(model, guide, x, particles=2).elbo)
+    torch.testing.assert_close(elbo, model.evidence(x).detach())
 
 
 def test_means_are_averaged_over_what_precedes_a_latent():
@@ -157,17 +159,30 @@ def test_auxiliary_sites_of_an_autoguide_are_no_latents():
     assert list(latents.mean) == ["s"]
 
 
-@pytest.mark.xfail(reason="the closed-form KL of a point leaves out its log density", strict=False)
-def test_elbo_of_an_autoguide_counts_the_jacobian():
+def autoguide_terms(particles: int = 100_000) -> tuple[LatentTable, Tensor, Tensor]:
+    """What the table says, ELBO and KL."""
     model, x = ScaleModel(), data(6)[:, 0]
     guide = AutoNormal(model, init_scale=0.3, init_loc_fn=init_to_value(values={"s": 0.2 + x**2}))
     guide(x)
     latents = LatentTable()
-    plan = make_plan(model, guide, (x,), {})
     with torch.no_grad():
-        latents.add(model, guide, (x,), plan, 200_000, 200_000)
+        plan = make_plan(model, guide, (x,), {})
+        latents.add(model, guide, (x,), plan, particles, particles)
     loc, scale = guide.locs.s.detach(), guide.scales.s.detach()
     kl = 0.5 * (scale**2 + loc**2 - 1) - scale.log()
     mean, square = (loc + scale**2 / 2).exp(), (2 * loc + 2 * scale**2).exp()
     fit = -0.5 * (x**2 - 2 * x * mean + square) - 0.5 * math.log(2 * math.pi)
-    torch.testing.assert_close(torch.cat(latents.elbo), fit - kl, atol=0.01, rtol=0)
+    return latents, fit - kl, kl
+
+
+def test_elbo_of_an_autoguide():
+    """A transformed draw counts with its Jacobian."""
+    latents, elbo, _ = autoguide_terms()
+    torch.testing.assert_close(latents.elbo[0], elbo, atol=0.03, rtol=0)
+
+
+@pytest.mark.xfail(reason="the closed-form KL of a point leaves out its log density", strict=False)
+def test_rates_of_an_autoguide():
+    latents, _, kl = autoguide_terms()
+    rate = latents.rate["s"][0] + latents.rate["s_unconstrained"][0]
+    torch.testing.assert_close(rate, kl, atol=0.03, rtol=0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_vae.objectives.particles import Particles, run
 from pyro_vae.objectives.plan import Plan
-from pyro_vae.objectives.rates import Analytic
+from pyro_vae.objectives.rates import Analytic, MonteCarlo
 
 __all__ = ["ACTIVE", "LatentTable", "active_units"]
 
@@ -77,9 +77,10 @@ def active_units(mean: Tensor) -> Tensor:
 
 def _terms(particles: Particles) -> dict[tuple[str, str], Tensor]:
     """Kind and site -> ``[K, B, ...]``."""
-    likelihood = particles.total(particles.likelihood)
-    rates = Analytic()(particles, torch.zeros(()))
-    rate = particles.total(rates)
+    zero = torch.zeros(())
+    rates, likelihood = Analytic()(particles, zero), particles.total(particles.likelihood)
+    # With every term at the same draws, little is left to chance where the guide is good.
+    rate = particles.total(MonteCarlo()(particles, zero))
     assert likelihood is not None
     terms = {("elbo", ""): likelihood if rate is None else likelihood - rate}
     terms |= {("rate", site): term for site, term in rates.items()}

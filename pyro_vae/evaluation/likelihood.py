@@ -22,6 +22,7 @@ from pyro_vae.evaluation.proposals import Proposal, candidates
 from pyro_vae.evaluation.store import own_parameters
 from pyro_vae.objectives.particles import Particles, run
 from pyro_vae.objectives.plan import Plan, make_plan
+from pyro_vae.objectives.support import check_data
 from pyro_vae.objectives.swap import owner, preserved
 from pyro_vae.objectives.tracing import core
 
@@ -196,6 +197,7 @@ def evaluate(
         data = data.to(_place(model, guide, data))
         args = (take(data, slice(0, 2)),)
         plan = make_plan(model, guide, args, {})
+        check_data(plan.supports, data)
         table = _admitted(plan, model, guide, args)
         options = candidates(table.guide, table.model) if widen else (Proposal(),)
         per_row = _entries(data)

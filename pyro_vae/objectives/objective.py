@@ -120,7 +120,9 @@ class Objective(ELBO):
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, its gradient added to the parameters; advances the schedules by one step."""
         if len(self.modules):
-            pyro.module(f"objective_{id(self.modules)}", self.modules)  # the store has one name each
+            pyro.module(
+                f"objective_{id(self.modules)}", self.modules
+            )  # the store has one name each
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward()

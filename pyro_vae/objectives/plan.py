@@ -12,6 +12,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae.batch import Batch, Condition
+from pyro_vae.objectives.support import Support, supports
 from pyro_vae.objectives.swap import owner, preserved
 from pyro_vae.objectives.tracing import (
     Program,
@@ -59,6 +60,7 @@ class Plan:
         subsampled: plates inside a row that are subsampled.
         sites: names of the guide's and of the model's sites, and whether each is observed.
         score_blockers: why log q of a site can't be taken at boundary copies.
+        supports: of the sites that the batch observes, where all rows have the same one.
     """
 
     programs: tuple[Program, Program]
@@ -73,6 +75,7 @@ class Plan:
     subsampled: tuple[str, ...]
     sites: tuple[Any, ...]
     score_blockers: Mapping[str, str] = field(default_factory=dict)
+    supports: Mapping[str, Support] = field(default_factory=dict)
 
     def canonical(self, tensor: Tensor, event_dim: int, particles: int, local: bool) -> Tensor:
         """``[(K), *plates, *event]`` -> ``[K, B, *rest]``, or ``[K, *rest]`` outside the rows."""
@@ -155,6 +158,7 @@ def make_plan(
         ),
         sites=site_names(guide_sites, model_sites),
         score_blockers=blockers,
+        supports=supports(model_sites, batch),
     )
 
 

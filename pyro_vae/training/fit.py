@@ -23,6 +23,7 @@ from pyro_vae.evaluation.store import own_parameters
 from pyro_vae.objectives.objective import Objective, ObjectiveModule
 from pyro_vae.objectives.particles import run as run_particles
 from pyro_vae.objectives.recipes import elbo
+from pyro_vae.objectives.support import check_data
 from pyro_vae.objectives.swap import owner, preserved
 from pyro_vae.training.runs import Folder
 
@@ -152,8 +153,11 @@ def fit(
     with bar, own_parameters(model, guide), torch.random.fork_rng():
         torch.manual_seed(seed)
         first = take(data, slice(0, batch_size))
+        plan = objective.plan(model, guide, (first,), {})
+        for rows in (data, valid):
+            check_data(plan.supports, rows)
+        run.notes = plan.notes
         parameters = _materialize(loss, first)
-        run.notes = objective.plan(model, guide, (first,), {}).notes
         optim = _optimizer(optimizer, parameters)
         schedule = _scheduler(scheduler, optim)
         step = make_step(loss, parameters, optim, schedule, clip, compile)
