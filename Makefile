@@ -16,7 +16,14 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/pyro-vae compare --pair vae --data digits
+	$(ONE_THREAD) $(BIN)/pyro-vae compare --data digits --sites x \
+		--pair vae -o latent=8 -o hidden=64,64 \
+		--objective elbo:num_particles=10 \
+		--objective mean_field:num_particles=10 \
+		--objective iwae:num_particles=10 \
+		--objective iwae:num_particles=10,estimator=dreg \
+		--objective renyi:alpha=0.5,num_particles=10 \
+		--seeds 0,1 --steps 6000 --batch-size 64 --jobs 2 --out runs/demo
 
 # pytest exits with an error (5) where no test was found.
 test: lint

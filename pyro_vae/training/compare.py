@@ -329,7 +329,7 @@ def _store(path: Path, cell: _Cell, done: tuple[Evaluation, float]) -> None:
 def _load(path: Path) -> tuple[Evaluation, float] | None:
     """A finished cell, or None (missing or unreadable: it is run again)."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return Evaluation.from_arrays(arrays), json.loads(str(arrays["meta"]))["seconds"]
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
         return None
