@@ -23,7 +23,7 @@ demo: $(STAMP)
 		--objective iwae:num_particles=10 \
 		--objective iwae:num_particles=10,estimator=dreg \
 		--objective renyi:alpha=0.5,num_particles=10 \
-		--seeds 0,1 --steps 6000 --batch-size 64 --jobs 2 --out runs/demo
+		--seeds 0,1 --steps 5000 --batch-size 64 --jobs 2 --out runs/demo
 
 # pytest exits with an error (5) where no test was found.
 test: lint

@@ -5,6 +5,7 @@ from pyro_vae.batch import Batch, Observed
 from pyro_vae.evaluation import Evaluation, evaluate
 from pyro_vae.linter import check
 from pyro_vae.objectives import Objective, beta_vae, elbo, iwae, mean_field, renyi
+from pyro_vae.reporting.arviz import to_arviz
 from pyro_vae.training.compare import Comparison, compare
 from pyro_vae.training.fit import NonFiniteError, Run, fit
 
@@ -32,4 +33,5 @@ __all__ = [
     "objectives",
     "pairs",
     "renyi",
+    "to_arviz",
 ]

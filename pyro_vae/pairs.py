@@ -14,9 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.batch import Batch
-from pyro_vae.conditionals.discrete import Bernoulli, Binomial, Categorical, ContinuousBernoulli
+from pyro_vae.conditionals.discrete import (
+    Bernoulli,
+    Binomial,
+    Categorical,
+    ContinuousBernoulli,
+    NegativeBinomial,
+)
 from pyro_vae.conditionals.gaussian import DiagonalGaussian, Gaussian, OptimalSigma, StandardNormal
-from pyro_vae.conditionals.marginal import mean, spread
+from pyro_vae.conditionals.logistic import LogisticMixture
+from pyro_vae.conditionals.marginal import deviation, mean, median, spread
+from pyro_vae.conditionals.student import StudentT
 from pyro_vae.guides.amortized import AmortizedGuide
 from pyro_vae.models.latent import LatentVariableModel
 from pyro_vae.nn.affine import Affine, OneHot
@@ -153,6 +161,7 @@ def likelihood_for(batch: Batch, site: str = "x") -> type[nn.Module]:
     0 or 1                                                         Bernoulli
     whole numbers below 16, in ``int64`` numbers or vectors         Categorical
     whole numbers from 0 to 255, of any other type or shape        Binomial
+    whole numbers from 0 on, some of them above 255                NegativeBinomial
     within [0, 1]                                                  ContinuousBernoulli
     any other                                                      Gaussian
     =============================================================  =====================
@@ -162,25 +171,48 @@ def likelihood_for(batch: Batch, site: str = "x") -> type[nn.Module]:
     labels = labels and Categorical.takes(data) and bool(data.nan_to_num().max() < FEW_CLASSES)
     if labels and not Bernoulli.takes(data):
         return Categorical
-    kinds = (Bernoulli, Binomial, ContinuousBernoulli)
+    kinds = (Bernoulli, Binomial, NegativeBinomial, ContinuousBernoulli)
     return next((kind for kind in kinds if kind.takes(data)), Gaussian)
 
 
 def inputs_for(batch: Batch, site: str, likelihood: nn.Module) -> tuple[nn.Module, tuple[int, ...]]:
     """A fixed module from a site's values to network inputs of order 1, and their shape.
 
-    Classes become indicators ``[C, *event]``; counts and values in [0, 1] are divided by their
-    maximum; other values are standardised entry by entry.
+    Classes become indicators ``[C, *event]``; counts without end (NegativeBinomial) become log(1 +
+    x), as in scVI (Lopez et al. 2018); bounded counts and values in [0, 1] are divided by their
+    maximum; other values are standardised entry by entry, which outliers (StudentT) must neither
+    set the unit of nor come through at full size: median, median deviation, then asinh.
     """
     data = _observed(batch, site)
     event_shape = tuple(data.shape[1:])
     if isinstance(likelihood, Categorical):
         return OneHot(likelihood.classes, len(event_shape)), (likelihood.classes, *event_shape)
+    if isinstance(likelihood, NegativeBinomial):
+        return nn.Sequential(_Log1p(), _standard(data.log1p())), event_shape
+    if isinstance(likelihood, StudentT):
+        center, scale = median(data), deviation(data)
+        return nn.Sequential(Affine(-center / scale, 1 / scale), _Asinh()), event_shape
     if Binomial.takes(data) or ContinuousBernoulli.takes(data):
         top = float(data.nan_to_num().max())
         return Affine(scale=1 / top if top > 0 else 1.0), event_shape
+    return _standard(data), event_shape
+
+
+def _standard(data: Tensor) -> Affine:
     scale = spread(data)
-    return Affine(-mean(data) / scale, 1 / scale), event_shape
+    return Affine(-mean(data) / scale, 1 / scale)
+
+
+class _Log1p(nn.Module):
+    """Whatever the dtype of the counts, in torch's default dtype (float64 stays what it is)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.log1p()
+
+
+class _Asinh(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.asinh()
 
 
 def _built(
@@ -224,9 +256,16 @@ def _check_support(batch: Batch, site: str, likelihood: nn.Module, z: Tensor, da
         )
     inside = fn.support.check(batch[site])
     if not bool(inside.all()):
-        kinds = (Bernoulli, Binomial, Categorical, ContinuousBernoulli)
-        others = [kind.__name__ for kind in kinds if kind.takes(data)]
+        kinds = (
+            Bernoulli,
+            Binomial,
+            Categorical,
+            LogisticMixture,
+            NegativeBinomial,
+            ContinuousBernoulli,
+        )
+        others = ", ".join(kind.__name__ for kind in kinds if kind.takes(data))
         raise ValueError(
             f"site {site!r}: {name} does not take these data (row {int((~inside).nonzero()[0, 0])} "
-            f"is outside its support); {' and '.join([*others, 'Gaussian'])} would"
+            f"is outside its support); {others + ' and ' if others else ''}Gaussian would"
         )

@@ -98,6 +98,7 @@ def test_the_random_state_is_left_as_it_was():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_processes_change_nothing(tmp_path: Path):
     valid = Batch({"x": data(5, seed=2)})
     options: dict[str, Any] = {"optimizer": adam(0.01), "valid": valid}

@@ -9,6 +9,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 from torch import nn
@@ -20,16 +21,34 @@ from pyro_vae.conditionals import (
     Categorical,
     ContinuousBernoulli,
     DiagonalGaussian,
+    DiscretizedLogisticMixture,
     Gaussian,
+    LogisticMixture,
+    NegativeBinomial,
     OptimalSigma,
     StandardNormal,
+    StudentT,
 )
+from pyro_vae.conditionals.discrete import _NegativeBinomial
+from pyro_vae.conditionals.special import remainder
+from pyro_vae.conditionals.student import _StudentT
 from pyro_vae.nn import convolutional, dense
 
 
 def continuous_bernoulli_logpdf(x, logits):
     """log(l / (e^l - 1)) + l x, the density of a truncated exponential."""
     return np.log(logits / np.expm1(logits)) + logits * x
+
+
+def logistic_mixture_logpmf(fn, x):
+    """Differences of scipy's logistic cdf, summed over the components."""
+    loc, scale = fn.loc.numpy(), fn.scale.numpy()
+    weights = scipy.special.softmax(fn.logits.numpy(), -1)
+    x = x.numpy()[..., None]
+    upper = np.where(x == 16, np.inf, x + 0.5)
+    lower = np.where(x == 0, -np.inf, x - 0.5)
+    logistic = scipy.stats.logistic(loc, scale)
+    return np.log((weights * (logistic.cdf(upper) - logistic.cdf(lower))).sum(-1))
 
 
 def normal(rng_shape):
@@ -42,6 +61,10 @@ def binary(shape):
 
 def counts(shape):
     return torch.randint(17, shape).to(torch.float64)
+
+
+def many(shape):
+    return torch.poisson(1000 * torch.rand(shape) ** 4)
 
 
 def classes(shape):
@@ -91,6 +114,40 @@ LIKELIHOODS = {
         OptimalSigma.build,
         normal,
         lambda fn, x: scipy.stats.norm.logpdf(x, fn.loc, fn.scale),
+    ),
+    "LogisticMixture": (
+        partial(LogisticMixture.build, levels=17),
+        counts,
+        logistic_mixture_logpmf,
+    ),
+    "LogisticMixture, one component": (
+        partial(LogisticMixture.build, levels=17, components=1),
+        counts,
+        logistic_mixture_logpmf,
+    ),
+    "NegativeBinomial": (
+        NegativeBinomial.build,
+        many,
+        lambda fn, x: scipy.stats.nbinom.logpmf(
+            x, fn.concentration, fn.concentration / (fn.concentration + fn.mean)
+        ),
+    ),
+    "NegativeBinomial, shared": (
+        partial(NegativeBinomial.build, shared=True),
+        many,
+        lambda fn, x: scipy.stats.nbinom.logpmf(
+            x, fn.concentration, fn.concentration / (fn.concentration + fn.mean)
+        ),
+    ),
+    "StudentT": (
+        StudentT.build,
+        normal,
+        lambda fn, x: scipy.stats.t.logpdf(x, fn.df, fn.loc, fn.scale),
+    ),
+    "StudentT, shared": (
+        partial(StudentT.build, shared=True),
+        normal,
+        lambda fn, x: scipy.stats.t.logpdf(x, fn.df, fn.loc, fn.scale),
     ),
 }
 EVENTS = [(), (5,), (4, 3), (2, 4, 3)]
@@ -393,6 +450,8 @@ def test_values_of_any_dtype_score_the_same(dtype):
         (Bernoulli.build, binary((6, 5))),
         (partial(Categorical.build, classes=4), classes((6, 5))),
         (partial(Binomial.build, total_count=255), torch.randint(250, 256, (6, 5))),
+        (LogisticMixture.build, torch.randint(250, 256, (6, 5))),
+        (NegativeBinomial.build, torch.randint(250, 256, (6, 5))),
     ):
         conditional = build(decoder, (5,))
         came = conditional(z).log_prob(x.to(dtype))
@@ -434,6 +493,11 @@ def test_what_data_each_class_takes():
     assert Binomial.takes(torch.tensor([0.0, 255.0, torch.nan]))
     assert not Binomial.takes(torch.tensor([256.0]))
     assert not Categorical.takes(torch.tensor([-1.0]))
+    assert LogisticMixture.takes(torch.tensor([0.0, 255.0, torch.nan]))
+    assert not LogisticMixture.takes(torch.tensor([256.0]))
+    assert NegativeBinomial.takes(torch.tensor([0.0, 1e6, torch.nan]))
+    for value in (-1.0, 0.5, torch.inf):
+        assert not NegativeBinomial.takes(torch.tensor([value]))
     with pytest.raises(ValueError, match="whole numbers"):
         Categorical.build(silent, (4,), half.reshape(1, 4))
 
@@ -445,4 +509,332 @@ def test_convolutional_decoders_keep_image_axes_apart_from_classes():
     z = torch.randn(2, 5, 3)
     assert Categorical.build(images, (2, 7, 8), classes=4)(z).event_shape == (2, 7, 8)
     assert DiagonalGaussian.build(images, (2, 7, 8))(z).event_shape == (2, 7, 8)
+    assert LogisticMixture.build(images, (2, 7, 8))(z).event_shape == (2, 7, 8)
+    assert LogisticMixture.build(images, (7, 8))(z).base_dist.loc.shape == (2, 5, 7, 8, 5)
     assert Categorical.build(images, (7, 8), classes=4)(z).base_dist.logits.shape == (2, 5, 7, 8, 4)
+
+
+# ---- mixtures of discretized logistics
+
+
+def mixture(rows, dtype=torch.float64, components=3):
+    """Locations on and off the scale, scales from .1 to 300 levels."""
+    loc = 400 * torch.rand(rows, components) - 72
+    scale = torch.exp(8 * torch.rand(rows, components) - 2.3)
+    parameters = (torch.randn(rows, components), loc, scale)
+    return [parameter.to(dtype).requires_grad_() for parameter in parameters]
+
+
+@pytest.mark.parametrize("levels", [2, 3, 17, 256])
+def test_logistic_mixture_sums_to_one(levels):
+    logits, loc, scale = mixture(50)
+    fn = DiscretizedLogisticMixture(logits, loc * levels / 256, scale, levels)
+    every = fn.enumerate_support()
+    assert every.shape == (levels, 50)
+    assert fn.enumerate_support(expand=False).shape == (levels, 1)
+    p = fn.log_prob(every).exp()
+    torch.testing.assert_close(p.sum(0), torch.ones(50), rtol=1e-12, atol=0)
+    mean = (p * every).sum(0)
+    torch.testing.assert_close(fn.mean, mean)
+    torch.testing.assert_close(fn.variance, (p * (every - mean).square()).sum(0))
+
+
+def test_logistic_mixture_in_float32_is_that_in_float64():
+    single = mixture(2000, torch.float32)
+    double = [parameter.detach().double().requires_grad_() for parameter in single]
+    scores = []
+    for parameters in (single, double):
+        fn = DiscretizedLogisticMixture(*parameters)
+        scores.append(fn.log_prob(fn.enumerate_support()))
+        scores[-1].sum().backward()
+    torch.testing.assert_close(scores[0].double(), scores[1], rtol=1e-6, atol=1e-4)
+    total = scores[0].detach().double().exp().sum(0)
+    torch.testing.assert_close(total, torch.ones(2000), rtol=1e-6, atol=0)
+    for came, wanted in zip(single, double, strict=True):
+        assert came.grad is not None
+        assert wanted.grad is not None
+        torch.testing.assert_close(came.grad.double(), wanted.grad, rtol=1e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("far", [1e3, 1e6, 1e12, -1e3, -1e6, -1e12])
+def test_logistic_mixture_pulls_back_means_that_are_far_off(far):
+    """The log probability falls by 1 / s for each level, and its gradient does not vanish."""
+    x = torch.tensor([0.0, 1.0, 100.0, 254.0, 255.0], dtype=torch.float32)
+    loc = torch.full((5, 1), far, dtype=torch.float32, requires_grad=True)
+    scale = torch.full((5, 1), 0.1, dtype=torch.float32, requires_grad=True)
+    fn = DiscretizedLogisticMixture(torch.zeros(5, 1, dtype=torch.float32), loc, scale)
+    log_prob = fn.log_prob(x)
+    log_prob.sum().backward()
+    assert log_prob.isfinite().all()
+    assert loc.grad is not None
+    assert scale.grad is not None
+    assert scale.grad.isfinite().all()
+    wanted = torch.full((5, 1), -math.copysign(10.0, far), dtype=torch.float32)
+    wanted[-1 if far > 0 else 0] = 0.0  # the edge has the tail
+    torch.testing.assert_close(loc.grad, wanted)
+
+
+def test_logistic_mixture_draws_what_it_scores():
+    logits, loc, scale = (p.detach() for p in mixture(4))
+    fn = DiscretizedLogisticMixture(logits, loc / 16, scale / 4, 17)
+    draws = fn.sample((40_000,))
+    assert fn.support.check(draws).all()
+    frequencies = torch.stack([(draws == level).double().mean(0) for level in range(17)])
+    p = fn.log_prob(fn.enumerate_support()).exp()
+    assert ((frequencies - p).abs() < 5 * (p * (1 - p) / 40_000).sqrt() + 1e-9).all()
+
+
+def test_logistic_mixture_expands_and_masks():
+    logits, loc, scale = mixture(4)
+    fn = DiscretizedLogisticMixture(logits, loc, scale)
+    wide = fn.expand([3, 2, 4])
+    x = torch.randint(256, (3, 2, 4)).double()
+    assert wide.batch_shape == (3, 2, 4)
+    assert wide.sample((5,)).shape == (5, 3, 2, 4)
+    assert torch.equal(wide.log_prob(x), fn.log_prob(x))
+    mask = torch.rand(3, 2, 4) < 0.5
+    masked = wide.mask(mask).to_event(1)
+    assert torch.equal(masked.log_prob(x), (fn.log_prob(x) * mask).sum(-1))
+    for wrong in (-1.0, 256.0, 0.5):
+        with pytest.raises(ValueError, match="support"):
+            fn.log_prob(torch.full((4,), wrong))
+
+
+@pytest.mark.parametrize("components", [1, 2, 5])
+def test_logistic_mixture_starts_at_mean_and_spread(components):
+    x = (120 + 15 * torch.randn(500, 5)).round().clamp(0, 255)
+    fn = LogisticMixture.build(silent, (5,), x, components=components)(torch.zeros(1, 3))
+    torch.testing.assert_close(fn.mean[0], x.mean(0), rtol=1e-3, atol=0)
+    spread = x.std(0, correction=0)
+    torch.testing.assert_close(fn.variance[0].sqrt(), spread, rtol=0.02, atol=0)
+    loc = fn.base_dist.loc[0, 0]
+    assert len(loc.unique()) == components  # else they would all learn the same
+
+
+def test_levels_are_read_off_the_data():
+    x = counts((200, 5))
+    assert LogisticMixture.build(silent, (5,), x).levels == 17
+    assert LogisticMixture.build(silent, (5,), x * 10).levels == 256
+    assert LogisticMixture.build(silent, (5,), x, levels=20).levels == 20
+    assert LogisticMixture.build(silent, (5,)).levels == 256
+    with pytest.raises(ValueError, match="levels= came 1"):
+        LogisticMixture(nn.Identity(), (5,), levels=1)
+    with pytest.raises(ValueError, match="components= came 0"):
+        LogisticMixture(nn.Identity(), (5,), components=0)
+
+
+def test_logistic_mixture_learns_two_modes():
+    """Black and white with nothing between: where Binomial has to be grey."""
+    x = torch.where(torch.rand(400, 2) < 0.3, 20.0, 230.0) + torch.randint(-2, 3, (400, 2))
+    conditional = LogisticMixture.build(silent, (2,), x, components=2)
+    optimizer = torch.optim.Adam(conditional.parameters(), lr=0.05)
+    z = torch.zeros(400, 3)
+    for _ in range(400):
+        optimizer.zero_grad()
+        (-conditional(z).log_prob(x).mean()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        score = conditional(z).log_prob(x).mean() / 2
+        binomial = Binomial.build(silent, (2,), x)(z).log_prob(x).mean() / 2
+    entropy = -(0.3 * math.log(0.3) + 0.7 * math.log(0.7)) + math.log(5)
+    assert -score < entropy + 0.25  # 0.2 from uniform to a logistic of that width
+    assert -binomial > 50
+
+
+# ---- counts without end
+
+
+def test_remainder_of_stirlings_formula():
+    z = torch.cat([torch.logspace(-6, 8, 200), torch.tensor([15.9999, 16.0, 16.0001])])
+    log_gamma = torch.as_tensor(scipy.special.gammaln(z.numpy()))
+    exact = log_gamma - (z - 0.5) * z.log() + z - 0.5 * math.log(2 * math.pi)
+    small = z < 1e3  # beyond, the difference of doubles cancels too
+    torch.testing.assert_close(remainder(z)[small], exact[small], rtol=1e-9, atol=5e-12)
+    torch.testing.assert_close(remainder(z)[~small], 1 / (12 * z[~small]), rtol=1e-6, atol=0)
+    single = z[small].float()
+    torch.testing.assert_close(
+        remainder(single).double(), remainder(single.double()), rtol=1e-6, atol=5e-6
+    )
+
+
+COUNTS = (0.0, 1.0, 2.0, 20.0, 300.0, 12_345.0, 1e6)
+MEANS = (1e-4, 0.3, 4.0, 100.0, 1e4, 1e6)
+CONCENTRATIONS = (1e-3, 0.5, 3.0, 200.0, 1e4, 1e6)
+
+
+def test_negative_binomial_is_accurate_in_float32_where_pyros_is_not():
+    grid = torch.cartesian_prod(*map(torch.tensor, (COUNTS, MEANS, CONCENTRATIONS)))
+    x, mean, concentration = grid.float().unbind(-1)
+    mean.requires_grad_()
+    concentration.requires_grad_()
+    log_prob = _NegativeBinomial(concentration, mean).log_prob(x)
+    log_prob.sum().backward()
+    x, m, c = (p.detach().double() for p in (x, mean, concentration))
+    wanted = torch.as_tensor(scipy.stats.nbinom.logpmf(x, c, c / (c + m)))
+    wide = _NegativeBinomial(c, m).log_prob(x)
+    torch.testing.assert_close(log_prob.double(), wide, rtol=3e-6, atol=1e-5)
+    sure = wanted > -500  # scipy itself loses digits far out
+    torch.testing.assert_close(wide[sure], wanted[sure], rtol=1e-6, atol=1e-6)
+    assert mean.grad is not None
+    assert concentration.grad is not None
+    assert concentration.grad.isfinite().all()
+    slope = c * (x - m) / (m * (c + m))
+    torch.testing.assert_close(mean.grad.double() * m, slope * m, rtol=2e-6, atol=1e-6)
+    theirs = dist.GammaPoisson(c.float(), (c / m).float()).log_prob(x.float())
+    near = wide > -30
+    assert (theirs.double() - wide)[near].abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("mean", "concentration"), [(0.3, 0.5), (20.0, 3.0), (50.0, 1e5)])
+def test_negative_binomial_sums_to_one_with_the_moments_it_states(mean, concentration):
+    fn = _NegativeBinomial(torch.tensor(concentration), torch.tensor(mean))
+    x = torch.arange(2000.0)
+    p = fn.log_prob(x).exp()
+    torch.testing.assert_close(p.sum(), torch.tensor(1.0))
+    torch.testing.assert_close((p * x).sum(), fn.mean)
+    torch.testing.assert_close((p * (x - mean).square()).sum(), fn.variance)
+    torch.testing.assert_close(fn.variance, torch.tensor(mean + mean**2 / concentration))
+    draws = fn.sample((20_000,))
+    assert (draws.mean() - mean).abs() < 5 * (fn.variance / 20_000).sqrt()
+
+
+def test_negative_binomial_equals_itself_when_expanded():
+    c, mean = torch.rand(4) + 0.1, 10 * torch.rand(2, 4)
+    fn, x = _NegativeBinomial(c, mean), many((3, 2, 4))
+    wide = fn.expand([3, 2, 4])
+    assert torch.equal(wide.log_prob(x), fn.log_prob(x))
+    assert wide.sample().shape == (3, 2, 4)
+    assert wide.mean.shape == (3, 2, 4)
+    for wrong in (-1.0, 0.5):
+        with pytest.raises(ValueError, match="support"):
+            fn.log_prob(torch.full((2, 4), wrong))
+
+
+def test_negative_binomial_starts_at_mean_and_dispersion():
+    rate = torch.distributions.Gamma(2.0, 2.0 / torch.tensor([300.0, 5.0, 1000.0]))
+    x = torch.poisson(rate.sample((4000,)))
+    conditional = NegativeBinomial.build(silent, (3,), x)
+    fn = conditional(torch.zeros(1, 3))
+    torch.testing.assert_close(fn.mean[0], x.mean(0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(fn.variance[0], x.var(0, correction=0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(conditional.dispersion, torch.full((3,), 0.5), rtol=0.15, atol=0)
+    shared = NegativeBinomial.build(silent, (3,), x, shared=True)
+    assert shared.dispersion.shape == ()
+    torch.testing.assert_close(shared.dispersion, torch.tensor(0.5), rtol=0.1, atol=0)
+    empty = NegativeBinomial.build(silent, (3,), torch.zeros(40, 3))(torch.zeros(1, 3))
+    assert empty.log_prob(torch.zeros(1, 3)).isfinite()
+    assert (empty.mean > 0).all()
+
+
+def test_learned_dispersion_reaches_the_maximum_of_the_likelihood():
+    """That of gamma-Poisson counts and, where there is none, the limit of Poisson."""
+    rate = torch.stack(
+        [torch.distributions.Gamma(4.0, 4.0 / 50.0).sample((3000,)), torch.full((3000,), 50.0)], -1
+    )
+    x, z = torch.poisson(rate), torch.zeros(3000, 3)
+    conditional = NegativeBinomial.build(silent, (2,), x)
+    with torch.no_grad():
+        conditional.raw.add_(1.0)  # start far off
+    optimizer = torch.optim.Adam([conditional.raw], lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        (-conditional(z).log_prob(x).mean()).backward()
+        optimizer.step()
+    torch.testing.assert_close(conditional.dispersion[0], torch.tensor(0.25), rtol=0.1, atol=0)
+    assert conditional.dispersion[1] < 0.003
+    conditional.raw.data.fill_(-1000.0)
+    limit = conditional(z[0]).base_dist
+    wanted = scipy.stats.poisson.logpmf(x[:, 1], limit.mean[1].item())
+    came = limit.log_prob(x)[:, 1].detach()
+    torch.testing.assert_close(came, torch.as_tensor(wanted), rtol=0, atol=1e-4)
+
+
+# ---- heavy tails
+
+
+def test_student_t_is_accurate_in_float32_where_pyros_is_not():
+    grid = torch.cartesian_prod(
+        torch.tensor([0.5, 1.0, 2.1, 5.0, 31.0, 33.0, 1e3, 1e5, 1e7]),
+        torch.tensor([0.0, 0.1, 1.0, 5.0, 1e3, 1e8]),
+    )
+    df, y = grid.float().unbind(-1)
+    df.requires_grad_()
+    came = _StudentT(df, torch.zeros_like(y), torch.ones_like(y)).log_prob(y)
+    came.sum().backward()
+    assert df.grad is not None
+    assert df.grad.isfinite().all()
+    wanted = torch.as_tensor(scipy.stats.t.logpdf(y, df.detach().double()))
+    sure = df.detach() <= 1e5
+    torch.testing.assert_close(came.double()[sure], wanted[sure], rtol=5e-6, atol=5e-6)
+    gaussian = torch.as_tensor(scipy.stats.norm.logpdf(y))
+    limit = ~sure & (y <= 5)
+    torch.testing.assert_close(came.double()[limit], gaussian[limit], rtol=0, atol=1e-4)
+    theirs = dist.StudentT(df.detach()).log_prob(y)
+    assert (theirs.double() - gaussian)[limit].abs().max() > 0.1
+
+
+def test_student_t_expands():
+    fn, x = _StudentT(torch.rand(4) + 2, torch.randn(2, 4), torch.rand(4)), torch.randn(3, 2, 4)
+    wide = fn.expand([3, 2, 4])
+    assert torch.equal(wide.log_prob(x), fn.log_prob(x))
+    assert wide.rsample().shape == (3, 2, 4)
+    assert wide.has_rsample
+
+
+def test_student_t_starts_where_outliers_do_not_reach():
+    clean = 7 + 3 * torch.randn(2000, 2)
+    x = clean.clone()
+    x[:40] = 1e6
+    x[500:900, 1] = torch.nan
+    conditional = StudentT.build(silent, (2,), x)
+    fn = conditional(torch.zeros(1, 3))
+    torch.testing.assert_close(fn.mean[0], torch.full((2,), 7.0), rtol=0.05, atol=0)
+    torch.testing.assert_close(conditional.scale, torch.full((2,), 3.0), rtol=0.1, atol=0)
+    torch.testing.assert_close(conditional.df, torch.full((2,), 5.0))
+    constant = StudentT.build(silent, (2,), torch.full((20, 2), 4.0))
+    torch.testing.assert_close(constant.scale, torch.ones(2))
+    sparse = torch.zeros(20, 2)
+    sparse[:5] = torch.randn(5, 2)  # more than half are the same
+    scale = StudentT.build(silent, (2,), sparse).scale
+    torch.testing.assert_close(scale, sparse.std(0, correction=0))
+
+
+def test_student_t_learns_scale_and_degrees_of_freedom():
+    x, z = 2.0 * torch.distributions.StudentT(3.0).sample((4000, 1)), torch.zeros(4000, 3)
+    conditional = StudentT.build(silent, (1,), x)
+    optimizer = torch.optim.Adam([conditional.raw, conditional.raw_df], lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        (-conditional(z).log_prob(x).mean()).backward()
+        optimizer.step()
+    df, _, scale = scipy.stats.t.fit(x.numpy(), floc=float(x.median()))
+    torch.testing.assert_close(conditional.df.item(), df, rtol=0.02, atol=0)
+    torch.testing.assert_close(conditional.scale.item(), scale, rtol=0.01, atol=0)
+    assert abs(conditional.scale.item() - 2.0) < 0.15
+
+
+def test_student_t_keeps_above_its_smallest_degrees_of_freedom_and_scale():
+    for smallest in (0.0, 1.0, 2.0):
+        conditional = StudentT(nn.Identity(), (2,), scale=5.0, floor=0.01, smallest=smallest)
+        torch.testing.assert_close(conditional.df, torch.tensor(5.0))
+        with torch.no_grad():
+            conditional.raw.fill_(-1000.0)
+            conditional.raw_df.fill_(-5.0)
+        assert smallest < conditional.df < smallest + 0.01
+        torch.testing.assert_close(conditional.scale, torch.tensor(0.05))
+    assert conditional(torch.randn(3, 2)).variance.isfinite().all()
+    with pytest.raises(ValueError, match=r"df= came 2\.0, wanted above smallest=2\.0"):
+        StudentT(nn.Identity(), (2,), df=2.0)
+
+
+@pytest.mark.parametrize("shape", [(), (3, 1, 1), (3, 4, 2)])
+def test_shape_of_what_is_learned_says_what_shares_one(shape):
+    net = dense((2,), (3, 4, 2), ())
+    student = StudentT(net, (3, 4, 2), scale=torch.ones(shape), df=torch.full(shape, 4.0))
+    negative = NegativeBinomial(net, (3, 4, 2), dispersion=torch.full(shape, 2.0))
+    assert student.scale.shape == student.df.shape == shape
+    torch.testing.assert_close(negative.dispersion, torch.full(shape, 2.0))
+    for conditional in (student, negative):
+        fn = conditional(torch.randn(7, 2))
+        assert fn.event_shape == (3, 4, 2)
+        assert fn.log_prob(fn.sample()).shape == (7,)

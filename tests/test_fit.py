@@ -30,6 +30,7 @@ from pyro_vae.objectives import Objective, beta_vae, elbo, iwae
 from pyro_vae.objectives.schedules import linear
 from pyro_vae.training import fit as fit_module
 from pyro_vae.training.fit import NonFiniteError, Run
+from pyro_vae.training.runs import Folder
 from tests.exact_pairs import (
     BatchGuide,
     DiscreteModel,
@@ -569,7 +570,12 @@ def test_a_resumed_run_is_one_that_never_stopped(kind: str, stop: int, tmp_path:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_a_run_that_was_cut_off(error: Any, tmp_path: Path):
+@pytest.mark.parametrize("save_every", [0.0, 1e9], ids=["every epoch", "first epoch"])
+def test_a_run_that_was_cut_off(
+    save_every: float, error: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Wherever its state was saved last."""
+    monkeypatch.setattr(fit_module, "SAVE_EVERY", save_every)
     options: dict[str, Any] = {"data": data(8), "batch_size": 3, "epochs": 5, "optimizer": ADAM}
     whole = result(fit(*fresh("plain"), **options))
 
@@ -579,6 +585,8 @@ def test_a_run_that_was_cut_off(error: Any, tmp_path: Path):
 
     with pytest.raises(error):
         fit(*fresh("plain"), out=tmp_path, callbacks=[cut], **options)
+    saved = Folder(tmp_path).state()["step"]
+    assert saved == (6 if save_every == 0 else 3)
     resumed = fit(*fresh("plain", seed=1), out=tmp_path, resume=True, **options)
     assert_equal_runs(result(resumed), whole)
 
@@ -758,6 +766,18 @@ class Poison:
                 return loss
 
         return Poisoned(parameters, lr=0.01)
+
+
+def test_a_parameter_in_the_store_is_named():
+    def model(x: Tensor) -> None:
+        shift = pyro.param("shift", torch.zeros(()))
+        with pyro.plate("data", len(x)):
+            loc = shift.abs().sqrt().expand(X_DIM)
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    with pytest.raises(NonFiniteError, match="step 1: the gradient of shift is not finite"):
+        fit(model, lambda x: None, data(6), epochs=1)
+    assert float(pyro.param("shift").detach()) == 0.0
 
 
 class CategoricalGuide(nn.Module):

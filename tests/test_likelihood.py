@@ -321,6 +321,23 @@ def test_impossible_rows():
     assert math.isfinite(float(log_p[1]))
 
 
+class RowsOnly(nn.Linear):
+    """A layer that takes ``[B, *]`` and nothing else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dim() == 2
+        return super().forward(x)
+
+
+def test_particles_one_by_one_for_networks_that_take_no_more():
+    model, guide = LinearModel(), Guide()
+    model.net = RowsOnly(Z_DIM, X_DIM)
+    e = evaluate(model, guide, data(5), 30, chunk=1)
+    assert e.log_p.shape == (5,)
+    with pytest.raises(AssertionError):
+        evaluate(model, guide, data(5), 30)
+
+
 class Largest(TorchDispatchMode):
     """The largest tensor that any operation makes."""
 

@@ -19,11 +19,14 @@ from pyro_vae.conditionals import (
     ContinuousBernoulli,
     DiagonalGaussian,
     Gaussian,
+    LogisticMixture,
+    NegativeBinomial,
     OptimalSigma,
     StandardNormal,
+    StudentT,
 )
 from pyro_vae.nn import conv_resnet, convolutional, dense_resnet, mlp
-from pyro_vae.pairs import likelihood_for, update_sigma, vae
+from pyro_vae.pairs import inputs_for, likelihood_for, update_sigma, vae
 from pyro_vae.training.fit import fit
 
 
@@ -51,7 +54,10 @@ DATA = {
     "real vectors": (real, Gaussian),
     "real numbers": (lambda: torch.randn(40), Gaussian),
     "real images": (lambda: torch.randn(40, 3, 5, 4), Gaussian),
-    "whole numbers beyond bytes": (lambda: 300 * levels(), Gaussian),
+    "whole numbers beyond bytes": (lambda: 300 * levels(), NegativeBinomial),
+    "counts": (lambda: torch.poisson(1e4 * torch.rand(40, 6) ** 4), NegativeBinomial),
+    "int64 counts": (lambda: torch.randint(1000, (40, 6)), NegativeBinomial),
+    "negative whole numbers": (lambda: torch.randint(-1000, 1000, (40, 6)).double(), Gaussian),
     "labels": (lambda: torch.randint(5, (40, 6)), Categorical),
     "one label": (lambda: torch.randint(5, (40,)), Categorical),
 }
@@ -135,6 +141,46 @@ def test_parts_can_be_a_class_a_function_or_ready():
     assert vae(batch, latent=3, prior=StandardNormal)[0].prior().event_shape == (3,)
 
 
+@pytest.mark.parametrize(
+    ("make", "likelihood"),
+    [
+        (levels, LogisticMixture),
+        (levels, NegativeBinomial),
+        (levels, StudentT),
+        (real, StudentT),
+        (lambda: torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8), LogisticMixture),
+        (lambda: torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8), NegativeBinomial),
+    ],
+)
+@pytest.mark.parametrize("missing", [False, True])
+def test_likelihoods_that_are_chosen_by_hand_train_every_parameter(make, likelihood, missing):
+    x = make()
+    batch = Batch({"x": x}, observed={"x": torch.rand(x.shape) < 0.7} if missing else None)
+    model, guide = vae(batch, latent=3, hidden=(16,), likelihood=likelihood, activation=nn.Tanh)
+    for parameter, grad in elbo_gradients(model, guide, batch).items():
+        assert grad.isfinite().all(), parameter
+        assert grad.abs().sum() > 0, parameter
+    assert model(Batch(size=4)).shape == (4, *x.shape[1:])
+
+
+def test_inputs_of_counts_and_of_heavy_tails_are_of_order_one():
+    x = torch.poisson(torch.exp(3 * torch.randn(500, 4)))
+    inputs, shape = inputs_for(Batch({"x": x}), "x", NegativeBinomial.build(mlp_of, (4,), x))
+    came = inputs(x)
+    assert shape == (4,)
+    torch.testing.assert_close(came.mean(0), torch.zeros(4), rtol=0, atol=1e-9)
+    torch.testing.assert_close(came.std(0, correction=0), torch.ones(4))
+    x = torch.randn(500, 4)
+    x[:5] = 1e6
+    inputs, _ = inputs_for(Batch({"x": x}), "x", StudentT.build(mlp_of, (4,), x))
+    assert 0.5 < inputs(x)[5:].std() < 1.5
+    assert inputs(x).abs().max() < 20
+
+
+def mlp_of(outputs):
+    return mlp((3, *outputs))
+
+
 def test_site_is_an_argument():
     batch = Batch({"image": binary(), "y": torch.arange(40)})
     model, guide = vae(batch, latent=3, hidden=(5,), site="image")
@@ -145,8 +191,16 @@ def test_site_is_an_argument():
     ("x", "likelihood", "match"),
     [
         (levels() / 16, Bernoulli, "Bernoulli .* ContinuousBernoulli and Gaussian would"),
-        (levels(), Bernoulli, "Bernoulli .* Binomial and Categorical and Gaussian would"),
-        (levels(), ContinuousBernoulli, "Binomial and Categorical and Gaussian would"),
+        (
+            levels(),
+            Bernoulli,
+            "Bernoulli .* Binomial, Categorical, LogisticMixture, NegativeBinomial and Gaussian would",
+        ),
+        (
+            levels(),
+            ContinuousBernoulli,
+            "Binomial, Categorical, LogisticMixture, NegativeBinomial and Gaussian would",
+        ),
         (torch.randn(40, 4), Bernoulli, "Bernoulli .* Gaussian would"),
         (torch.randn(40, 4), Categorical, "whole numbers"),
         (levels(), partial(Binomial.build, total_count=10), "Binomial does not take"),

@@ -8,14 +8,22 @@ Each of them factorizes over its event, so that any entry may be missing, and ea
   the conditional starts; None where there are none, as for a latent.
 """
 
-from pyro_vae.conditionals.discrete import Bernoulli, Binomial, Categorical, ContinuousBernoulli
+from pyro_vae.conditionals.discrete import (
+    Bernoulli,
+    Binomial,
+    Categorical,
+    ContinuousBernoulli,
+    NegativeBinomial,
+)
 from pyro_vae.conditionals.gaussian import (
     DiagonalGaussian,
     Gaussian,
     OptimalSigma,
     StandardNormal,
 )
+from pyro_vae.conditionals.logistic import DiscretizedLogisticMixture, LogisticMixture
 from pyro_vae.conditionals.network import Network
+from pyro_vae.conditionals.student import StudentT
 
 __all__ = [
     "Bernoulli",
@@ -23,8 +31,12 @@ __all__ = [
     "Categorical",
     "ContinuousBernoulli",
     "DiagonalGaussian",
+    "DiscretizedLogisticMixture",
     "Gaussian",
+    "LogisticMixture",
+    "NegativeBinomial",
     "Network",
     "OptimalSigma",
     "StandardNormal",
+    "StudentT",
 ]

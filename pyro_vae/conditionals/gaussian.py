@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyro_vae.conditionals import marginal
-from pyro_vae.conditionals.network import Network, independent, outputs, several
+from pyro_vae.conditionals.network import Network, independent, outputs, positive, several
 from pyro_vae.nn.affine import Affine
 from pyro_vae.nn.leading import Reshape
 
@@ -66,7 +66,7 @@ class DiagonalGaussian(nn.Module):
     ) -> None:
         super().__init__()
         self.net, self.event_shape, self.floor = net, tuple(event_shape), floor
-        self.register_buffer("unit", _positive("unit", unit))
+        self.register_buffer("unit", positive("unit", unit))
 
     @classmethod
     def build(
@@ -121,7 +121,7 @@ class Gaussian(nn.Module):
     ) -> None:
         super().__init__()
         self.net, self.event_shape, self.floor = net, tuple(event_shape), floor
-        self.register_buffer("unit", _positive("scale", scale))
+        self.register_buffer("unit", positive("scale", scale))
         self.raw = nn.Parameter(torch.full_like(self.unit, math.log(math.expm1(1.0 - floor))))
 
     @classmethod
@@ -184,7 +184,7 @@ class OptimalSigma(nn.Module):
     ) -> None:
         super().__init__()
         self.net, self.event_shape = net, tuple(event_shape)
-        self.register_buffer("scale", _positive("scale", scale))
+        self.register_buffer("scale", positive("scale", scale))
         self.register_buffer("smallest", floor * self.scale)
 
     @classmethod
@@ -240,13 +240,6 @@ class OptimalSigma(nn.Module):
 
 def _twice(event_shape: Sequence[int]) -> tuple[int, ...]:
     return (2 * event_shape[0], *event_shape[1:]) if event_shape else (2,)
-
-
-def _positive(name: str, value: Tensor | float) -> Tensor:
-    tensor = torch.as_tensor(value, dtype=torch.get_default_dtype()).clone()
-    if not bool((tensor > 0).all()):
-        raise ValueError(f"{name}= came {float(tensor.min())}, wanted positive numbers")
-    return tensor
 
 
 def _start(

@@ -1,16 +1,17 @@
-"""What all conditionals do with the network inside them."""
+"""What conditionals do with the network inside them and with their arguments."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 
+import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_vae.nn.leading import Reshape
 
-__all__ = ["Network", "independent", "outputs", "several"]
+__all__ = ["Network", "independent", "outputs", "positive", "several"]
 
 Network = Callable[[Sequence[int]], nn.Module]
 """Makes a network by the shape it returns: ``network(shape)(parent)`` is ``[..., *shape]``."""
@@ -42,3 +43,11 @@ def independent(fn: TorchDistribution, event_dim: int) -> TorchDistribution:
     """Declare the last ``event_dim`` dimensions of ``fn`` an event that factorizes."""
     event: TorchDistribution = fn.to_event(event_dim)
     return event
+
+
+def positive(name: str, value: Tensor | float) -> Tensor:
+    """A copy of ``value`` in torch's default dtype; it must be above 0."""
+    tensor = torch.as_tensor(value, dtype=torch.get_default_dtype()).clone()
+    if not bool((tensor > 0).all()):
+        raise ValueError(f"{name}= came {float(tensor.min())}, wanted positive numbers")
+    return tensor

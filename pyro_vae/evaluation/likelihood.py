@@ -200,12 +200,12 @@ def evaluate(
         check_data(plan.supports, data)
         table = _admitted(plan, model, guide, args)
         options = candidates(table.guide, table.model) if widen else (Proposal(),)
-        per_row = _entries(data)
-        chunk = chunk or max(1, CELLS // (per_row * min(batch_size, len(data))))
+        fitting = max(1, CELLS // (_entries(data) * min(max(batch_size, PILOT_ROWS), len(data))))
+        chunk = chunk or fitting
         latents = LatentTable()
         halves = [torch.arange(start, len(data), 2) for start in range(min(2, len(data)))]
         chosen = [
-            _choose(options, model, guide, data, plan, other, per_row) for other in reversed(halves)
+            _choose(options, model, guide, data, plan, other, chunk) for other in reversed(halves)
         ]
         columns: list[tuple[Tensor, ...]] = []
         for half, proposal in zip(halves, chosen, strict=True):
@@ -312,14 +312,13 @@ def _choose(
     data: Batch | Tensor,
     plan: Plan,
     rows: Tensor,
-    per_row: int,
+    chunk: int,
 ) -> Proposal:
     """The proposal with the highest bound on pilot rows."""
     if len(options) == 1 or len(data) < 2:
         return options[0]
     rows = rows[:: max(1, len(rows) // PILOT_ROWS)][:PILOT_ROWS]
     args = (take(data, rows),)
-    chunk = max(1, CELLS // (per_row * len(rows)))
 
     def bound(proposal: Proposal) -> float:
         log_p = _stream(proposal, model, guide, args, plan, PILOT_PARTICLES, chunk)[0]

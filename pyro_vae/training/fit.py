@@ -31,6 +31,7 @@ __all__ = ["NonFiniteError", "Run", "fit"]
 
 Program = Callable[..., Any]
 CHECK_EVERY = 100  # steps between looks at the loss, each of which waits for the device
+SAVE_EVERY = 1.0  # seconds at least between epochs whose state is saved
 
 
 class NonFiniteError(RuntimeError):
@@ -172,6 +173,7 @@ def fit(
         good = state.snapshot()
         per_epoch = math.ceil(len(data) / batch_size)
         since = time.perf_counter() - (run.history[-1]["seconds"] if run.history else 0.0)
+        next_save = 0.0
         while (state.step < length or state.rows) and not run.stopped:
             epoch, offset = divmod(state.step, per_epoch)
             order = _order(len(data), seed, epoch).to(place).split(batch_size)
@@ -219,8 +221,10 @@ def fit(
             if not run.stopped and _waited(run, patience):
                 run.stopped = "patience"
             good = state.snapshot()
-            if folder is not None and state.step % per_epoch == 0:
+            due = run.stopped or state.step >= length or time.perf_counter() > next_save
+            if folder is not None and state.step % per_epoch == 0 and due:
                 folder.save_state(state.dump(run))
+                next_save = time.perf_counter() + SAVE_EVERY
         run.stopped = run.stopped or ("steps" if steps else "epochs")
         if state.best_parameters:
             state.set_parameters(state.best_parameters)
@@ -507,9 +511,10 @@ def _culprit(state: _State, before: dict[str, Any], batch: Any, rows: Tensor) ->
     if not bool(torch.isfinite(total)):
         return "the loss is not finite though every site's density is (a rate or a penalty)"
     grads = torch.autograd.grad(total, state.parameters, allow_unused=True)
-    names = {id(p): name for name, p in state.loss.named_parameters()}
+    stored = pyro.get_param_store().named_parameters()
+    names = {id(p): name for name, p in [*stored, *state.loss.named_parameters()]}
     bad_names = [
-        names.get(id(p), "a pyro.param")
+        names[id(p)]
         for p, grad in zip(state.parameters, grads, strict=True)
         if grad is not None and not bool(torch.isfinite(grad).all())
     ]
