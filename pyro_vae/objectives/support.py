@@ -19,8 +19,11 @@ CURES = {
     "counts, Gaussian for real values",
     "ContinuousBernoulli": "scale the data to [0, 1], or use Binomial for counts, Gaussian for real "
     "values",
+    "DiscretizedLogisticMixture": "use whole numbers from 0 to levels - 1, or Gaussian for real "
+    "values",
+    "NegativeBinomial": "use whole numbers from 0, or Gaussian for real values",
     "Binomial": "use whole numbers from 0 to total_count, raise total_count, or use "
-    "ContinuousBernoulli for values in [0, 1], Gaussian for real values",
+    "NegativeBinomial for counts without end, ContinuousBernoulli for values in [0, 1], Gaussian for real values",
     "Categorical": "use whole numbers from 0 to the number of classes - 1",
 }
 
