@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyro_vae.nn import leading, mlp
+from pyro_vae.objectives.particles import Particles, run
+from pyro_vae.objectives.plan import Plan, make_plan
 
 X_DIM, Z_DIM = 3, 2
 Program = Callable[..., Any]
@@ -295,3 +297,15 @@ def sigmas(samples: Tensor) -> Tensor:
     """How many standard errors the means of ``[repeats, ...]`` are away from 0."""
     mean, error = samples.mean(0), samples.std(0) / len(samples) ** 0.5
     return torch.where(mean.abs() < 1e-12, 0.0, mean / error)
+
+
+def plan_of(model: Program, guide: Program, *args: Any) -> Plan:
+    return make_plan(model, guide, args, {})
+
+
+def table(model: Program, guide: Program, *args: Any, number: int = 3, **options: Any) -> Particles:
+    return run(model, guide, args, {}, plan_of(model, guide, *args), number, **options)
+
+
+def standard(*shape: int) -> Any:
+    return dist.Normal(torch.zeros(shape), 1.0).to_event(len(shape))

@@ -462,6 +462,15 @@ def test_parameters_that_do_not_exist_yet():
     assert layer.weight.shape == (2 * Z_DIM, X_DIM)
 
 
+def test_a_pair_is_trained_in_training_mode():
+    """Also one that comes from an evaluation: running statistics move."""
+    model, guide = LinearModel(), Guide(batch_norm())
+    guide.eval()
+    before = [buffer.clone() for buffer in guide.buffers()]
+    fit(model, guide, data(6), epochs=1)
+    assert not any(map(torch.equal, before, guide.buffers()))
+
+
 def test_frozen_parameters_stay():
     model, guide = LinearModel(), Guide()
     model.net.weight.requires_grad_(False)

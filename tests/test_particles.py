@@ -13,31 +13,20 @@ from torch import Tensor
 
 from pyro_vae.batch import Batch
 from pyro_vae.objectives import elbo
-from pyro_vae.objectives.particles import Boundary, Particles, log_q_at_rest, run
-from pyro_vae.objectives.plan import Plan, SitesChanged, make_plan
+from pyro_vae.objectives.particles import Boundary, log_q_at_rest, run
+from pyro_vae.objectives.plan import SitesChanged
 from tests.small_pairs import (
     PAIRS,
     BottomUp,
     Guide,
     LadderModel,
     LinearModel,
-    Program,
     data,
     flat_gradient,
+    plan_of,
+    standard,
+    table,
 )
-
-
-def plan_of(model: Program, guide: Program, *args: Any) -> Plan:
-    return make_plan(model, guide, args, {})
-
-
-def table(model: Program, guide: Program, *args: Any, number: int = 3, **options: Any) -> Particles:
-    return run(model, guide, args, {}, plan_of(model, guide, *args), number, **options)
-
-
-def standard(*shape: int) -> Any:
-    return dist.Normal(torch.zeros(shape), 1.0).to_event(len(shape))
-
 
 # ---------------------------------------------------------------------------------------------
 # The table

@@ -15,27 +15,16 @@ from torch import Tensor, nn
 
 from pyro_vae.batch import Batch
 from pyro_vae.objectives import elbo, iwae
-from pyro_vae.objectives.particles import Particles, run
-from pyro_vae.objectives.plan import Plan, make_plan
 from tests.small_pairs import (
     Guide,
     LinearModel,
     Program,
     batch_norm,
     data,
+    plan_of,
+    standard,
+    table,
 )
-
-
-def plan_of(model: Program, guide: Program, *args: Any) -> Plan:
-    return make_plan(model, guide, args, {})
-
-
-def table(model: Program, guide: Program, *args: Any, number: int = 3, **options: Any) -> Particles:
-    return run(model, guide, args, {}, plan_of(model, guide, *args), number, **options)
-
-
-def standard(*shape: int) -> Any:
-    return dist.Normal(torch.zeros(shape), 1.0).to_event(len(shape))
 
 
 @pytest.mark.parametrize("number", [1, 3])

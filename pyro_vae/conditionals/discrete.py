@@ -346,4 +346,5 @@ class _NegativeBinomial(dist.GammaPoisson):
         away = above.abs()
         first = c * (away / (c + low)).log1p()
         second = value * (c * away / (some.minimum(mean) * (c + high))).log1p()
-        return above.sign() * (first - second) + rest
+        log_prob = above.sign() * (first - second) + rest
+        return log_prob.expand(torch.broadcast_shapes(self.batch_shape, value.shape))

@@ -26,7 +26,17 @@ from pyro_vae.objectives.support import check_data
 from pyro_vae.objectives.swap import owner, preserved
 from pyro_vae.objectives.tracing import core
 
-__all__ = ["Difference", "Evaluation", "check_rows", "evaluate", "mean_and_error"]
+__all__ = [
+    "CELLS",
+    "Difference",
+    "Evaluation",
+    "check_rows",
+    "device_of",
+    "entries_per_row",
+    "evaluate",
+    "judging",
+    "mean_and_error",
+]
 
 Program = Callable[..., Any]
 CELLS = 2_000_000  # entries of the data times particles held at a time
@@ -193,14 +203,16 @@ def evaluate(
         if number is not None and (not isinstance(number, int) or number < 1):
             raise ValueError(f"evaluate: came {name}={number!r}, wanted a whole number >= 1")
     check_rows("evaluate: data", data)
-    with _judging(model, guide, seed):
-        data = data.to(_place(model, guide, data))
+    with judging(model, guide, seed):
+        data = data.to(device_of(model, guide, data))
         args = (take(data, slice(0, 2)),)
         plan = make_plan(model, guide, args, {})
         check_data(plan.supports, data)
         table = _admitted(plan, model, guide, args)
         options = candidates(table.guide, table.model) if widen else (Proposal(),)
-        fitting = max(1, CELLS // (_entries(data) * min(max(batch_size, PILOT_ROWS), len(data))))
+        fitting = max(
+            1, CELLS // (entries_per_row(data) * min(max(batch_size, PILOT_ROWS), len(data)))
+        )
         chunk = chunk or fitting
         latents = LatentTable()
         halves = [torch.arange(start, len(data), 2) for start in range(min(2, len(data)))]
@@ -252,7 +264,7 @@ def check_rows(what: str, data: Any) -> None:
 
 
 @contextmanager
-def _judging(model: Program, guide: Program, seed: int) -> Iterator[None]:
+def judging(model: Program, guide: Program, seed: int) -> Iterator[None]:
     """Evaluation mode, no gradient, a seed of its own; everything restored on exit."""
     modules = [m for program in (model, guide) if (m := owner(program)) is not None]
     training = [(part, part.training) for module in modules for part in module.modules()]
@@ -272,7 +284,7 @@ def _judging(model: Program, guide: Program, seed: int) -> Iterator[None]:
             part.training = mode
 
 
-def _place(model: Program, guide: Program, data: Batch | Tensor) -> torch.device:
+def device_of(model: Program, guide: Program, data: Batch | Tensor) -> torch.device:
     """Where the pair's parameters live; functions are taken to be where the data are."""
     modules = [m for program in (model, guide) if (m := owner(program)) is not None]
     places = [parameter.device for module in modules for parameter in module.parameters()]
@@ -285,6 +297,11 @@ def _admitted(plan: Plan, model: Program, guide: Program, args: tuple[Any, ...])
         raise ValueError(
             f"evaluate: sites {sorted(plan.outside)} lie outside the plate over rows, so log p of a "
             "row is not defined; put every site into that plate"
+        )
+    if plan.subsampled:
+        raise ValueError(
+            f"evaluate: plates {list(plan.subsampled)} inside a row are subsampled, and the weight "
+            "of a part of a row is no bound; use the whole plate"
         )
     table, other = (run(model, guide, args, {}, plan, 1) for _ in range(2))
     auxiliary = any(site["infer"].get("is_auxiliary") for site in table.guide.values())
@@ -299,7 +316,7 @@ def _admitted(plan: Plan, model: Program, guide: Program, args: tuple[Any, ...])
     return table
 
 
-def _entries(data: Batch | Tensor) -> int:
+def entries_per_row(data: Batch | Tensor) -> int:
     """Numbers in a row of the data."""
     tensors = [data[site] for site in data] if isinstance(data, Batch) else [data]
     return max(1, sum(tensor[0].numel() for tensor in tensors))

@@ -93,7 +93,7 @@ def widened(fn: Any, scale: float) -> Any:
     if isinstance(fn, MaskedDistribution):
         base = widened(fn.base_dist, scale)
         return None if base is None else base.mask(fn._mask)
-    if isinstance(fn, dist.TransformedDistribution):
+    if type(fn) is dist.TransformedDistribution:  # one derived from it has its own density
         base = widened(fn.base_dist, scale)
         return None if base is None else dist.TransformedDistribution(base, fn.transforms)
     if isinstance(fn, dist.Normal):

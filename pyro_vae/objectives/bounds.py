@@ -39,7 +39,7 @@ class Bound:
             return torch.autograd.grad(self(log_w).sum(), log_w)[0]
 
     def curvature(self, log_w: Tensor) -> Tensor:
-        """h / w with h_k = d w_k / d log w_k, ``[K, B]``."""
+        """h / w with h_k = d w_k / d log w_k, ``[K, B]`` (0 where w is: no gradient arrives there)."""
         with torch.enable_grad():
             log_w = log_w.detach().requires_grad_()
             w = torch.autograd.grad(self(log_w).sum(), log_w, create_graph=True)[0]
@@ -49,7 +49,8 @@ class Bound:
                 torch.autograd.grad(w[k].sum(), log_w, retain_graph=True)[0][k]
                 for k in range(len(w))
             ]
-        return torch.stack(h) / w.detach()
+        w = w.detach()
+        return torch.where(w == 0, torch.zeros_like(w), torch.stack(h) / w)
 
     def reward(self, log_w: Tensor) -> Tensor:
         """What multiplies particle k's score so that the score term is unbiased, ``[K, B]``."""

@@ -18,7 +18,7 @@ from pyro_vae.objectives import estimators
 from pyro_vae.objectives.bounds import Bound, Elbo
 from pyro_vae.objectives.estimators import Estimator
 from pyro_vae.objectives.particles import Boundary, Particles, log_q_at_rest, run
-from pyro_vae.objectives.plan import Plan, SitesChanged, make_plan
+from pyro_vae.objectives.plan import Plan, SitesChanged, factor_blockers, make_plan
 from pyro_vae.objectives.rates import MonteCarlo, Rate
 from pyro_vae.objectives.swap import owner, preserved
 
@@ -54,6 +54,7 @@ class _Chunk:
     scale: float | Tensor
     subsamples: dict[str, Tensor]
     boundary: Boundary | None
+    late: bool  # sites outside the rows may depend on the rows' draws
 
 
 class Objective(ELBO):
@@ -162,7 +163,7 @@ class Objective(ELBO):
         key = self._key(model, guide, args, kwargs)
         if key not in self._plans:
             plan = make_plan(model, guide, args, kwargs)
-            self._admit(plan)
+            self._admit(plan, args, kwargs)
             while len(self._plans) >= _MAX_PLANS:
                 self._plans.pop(next(iter(self._plans)))
             self._plans[key] = plan
@@ -189,7 +190,7 @@ class Objective(ELBO):
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("an Objective fills Particles, not a pair of traces")
 
-    def _admit(self, plan: Plan) -> None:
+    def _admit(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse a pair that the parts can't train without bias."""
         if not self.bound.linear:
             if plan.outside:
@@ -217,7 +218,10 @@ class Objective(ELBO):
                     "gradient; use estimator='score', or put the site into the guide"
                 )
         if self.estimator.boundary:
-            for site, why in plan.score_blockers.items():
+            blockers = dict(plan.score_blockers)
+            if not blockers and not self.bound.linear:
+                blockers = factor_blockers(plan, args, kwargs)
+            for site, why in blockers.items():
                 raise ValueError(
                     f"estimator {self.estimator!r}: site {site!r}: {why}; use estimator='pathwise'"
                 )
@@ -246,9 +250,15 @@ class Objective(ELBO):
             known, rows = log_w.detach(), log_w.shape[1] * rows
             if (rest := _join(c.rest for c in chunks)) is not None:
                 log_w = log_w - rest
-            linear = self.bound.weights(known) * log_w
+            weights = self.bound.weights(known)
+            # an impossible particle counts nothing, while 0 times -inf is no number
+            linear = torch.where(weights == 0, torch.zeros_like(weights), weights * log_w)
             if (score := _join(c.score for c in chunks)) is not None:
-                linear = linear + self.bound.reward(known) * score
+                if first.late and outside is not None:  # through these, rows depend on each other
+                    reward = outside.detach() + (weight * known).sum(1)
+                    surrogate = surrogate - (reward @ score).sum() / self.num_particles
+                else:
+                    linear = linear + self.bound.reward(known) * score
             value = value - (weight * self.bound(known)).sum()
             surrogate = surrogate - (weight * linear).sum()
             if first.boundary is not None:
@@ -365,6 +375,7 @@ class Objective(ELBO):
             scale=particles.scale,
             subsamples=particles.subsamples,
             boundary=boundary,
+            late=plan.late,
         )
 
     def _has_scores(self, plan: Plan) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from pyro_vae.batch import Condition
 from pyro_vae.objectives.plan import Plan, SitesChanged, site_names
-from pyro_vae.objectives.swap import owner, swapped
+from pyro_vae.objectives.swap import owner, parameters, swapped
 from pyro_vae.objectives.tracing import (
     Program,
     Replay,
@@ -24,6 +23,7 @@ from pyro_vae.objectives.tracing import (
     close,
     elementwise,
     elementwise_kl,
+    is_point,
     plate_scale,
     trace,
     unmasked_fn,
@@ -156,6 +156,8 @@ class _Detach(Messenger):
         self.chosen = chosen
 
     def _pyro_sample(self, msg: Any) -> None:
+        if is_point(msg):
+            return
         if msg["value"] is None and not site_is_subsample(msg):
             if self.chosen(msg["name"], msg["fn"].has_rsample):
                 with torch.no_grad():
@@ -239,6 +241,8 @@ def run(
     if scores is not None:
         for name, site in guide_sites.items():
             if scores(name, site["fn"].has_rsample) and name in particles.posterior:
+                if is_point(site):
+                    continue
                 observed, density = site["infer"].get("observed"), particles.log_draw(site)
                 particles.score[name] = _where_drawn(particles, site, observed, density)
     return particles
@@ -315,10 +319,9 @@ def _constant_rerun(
     swapped for detached ones. Densities are taken inside, since flows read parameters lazily."""
     module = owner(guide)
     assert module is not None
-    constant = {id(p): p.detach() for p in module.parameters()}
+    constant = {id(p): p.detach() for p in parameters(module)}
     constant |= {id(b): b.clone() for b in module.buffers()}  # BatchNorm moves once, not twice
-    with swapped(module, constant), poutine.block(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*was not registered in the param store")
+    with swapped(module, constant), poutine.block():
         sites, _ = trace(
             guide, args, kwargs, handlers, particles.num_particles, particles.plan.nesting
         )

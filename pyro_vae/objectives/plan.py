@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import dropwhile
 from typing import Any, NamedTuple
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor, nn
 
 from pyro_vae.batch import Batch, Condition
 from pyro_vae.objectives.support import Support, supports
-from pyro_vae.objectives.swap import owner, preserved
+from pyro_vae.objectives.swap import owner, parameters, preserved, swapped
 from pyro_vae.objectives.tracing import (
     Program,
     Replay,
@@ -21,6 +25,7 @@ from pyro_vae.objectives.tracing import (
     core,
     elementwise,
     elementwise_kl,
+    is_point,
     plate_scale,
     trace,
     unmasked_fn,
@@ -33,6 +38,7 @@ __all__ = [
     "SitesChanged",
     "broadcasts",
     "check_sites",
+    "factor_blockers",
     "make_plan",
     "problems",
     "site_names",
@@ -51,6 +57,7 @@ class Plan:
         nesting: number of plate dims; the particle plate stands at dim ``-1 - nesting``.
         rows: dims of the plates over rows, which all local sites share.
         outside: sites outside those plates (global latents), which get their own ``[K]`` column.
+        late: whether one of them comes after a local site, on whose draw it may depend.
         common_scale: all local sites carry one user scale, which is then taken outside the bound
             (scales that are numbers are compared anew in every pass).
         analytic: latent sites whose KL is known in closed form, given the order of the sites.
@@ -67,6 +74,7 @@ class Plan:
     nesting: int
     rows: tuple[int, ...]
     outside: frozenset[str]
+    late: bool
     common_scale: bool
     analytic: frozenset[str]
     notes: tuple[str, ...]
@@ -126,7 +134,7 @@ def make_plan(
         rows, outside = _rows(model_sites, guide_sites)
         analytic, notes = _analytic(model_sites, guide_sites)
         parents = _drawn_parents(bare, args, kwargs, model_sites, guide_sites, subsamples)
-        blockers = _score_blockers(guide, guide_sites)
+        blockers = _score_blockers(guide, args, kwargs, guide_sites, Replay(values))
     sites = [*model_sites.values(), *guide_sites.values()]
     local = [site for site in sites if site["name"] not in outside]
     dims = [f.dim for site in sites for f in site["cond_indep_stack"] if f.vectorized]
@@ -135,6 +143,7 @@ def make_plan(
         nesting=-min(dims, default=0),
         rows=rows,
         outside=outside,
+        late=any(_late(sites, outside) for sites in (guide_sites, model_sites)),
         common_scale=_common_scale(local, rows),
         analytic=analytic,
         notes=notes,
@@ -276,9 +285,15 @@ def _rows(
     return tuple(sorted(dims)), frozenset(outside)
 
 
+def _late(sites: Iterable[str], outside: frozenset[str]) -> bool:
+    return not outside.isdisjoint(dropwhile(outside.__contains__, sites))
+
+
 def _common_scale(local: list[Site], rows: tuple[int, ...]) -> bool:
     """Whether all local sites carry one and the same user scale (a weight of the row)."""
     inner = [torch.as_tensor(site["scale"] / plate_scale(site, rows)) for site in local]
+    if len({isinstance(site["scale"], Tensor) for site in local}) > 1:
+        return False  # a tensor moves on its own, whatever it is now
     return all(
         scale.shape == inner[0].shape and bool(torch.isclose(scale, inner[0]).all())
         for scale in inner
@@ -320,14 +335,22 @@ def _analytic(
 
 
 def _same_weight(p: Site, q: Site) -> bool:
-    for key in ("scale", "mask"):
-        a, b = p[key], q[key]
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
-            if a.shape != b.shape or not bool((a == b).all()):
-                return False
-        elif a is not b and (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b):
-            return False
-    return True
+    a, b = ([s["scale"], s["mask"], *(mask for mask, _ in _masks(s["fn"]))] for s in (p, q))
+    return len(a) == len(b) and all(map(_equal, a, b))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool((a == b).all())
+    return a is b or not (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b)
+
+
+def _masks(fn: Any) -> Iterator[tuple[Any, int]]:
+    """Masks that a distribution carries, each with the number of event dims to its right."""
+    while isinstance(fn, dist.Independent | MaskedDistribution | dist.ExpandedDistribution):
+        if isinstance(fn, MaskedDistribution):
+            yield fn._mask, fn.event_dim
+        fn = fn.base_dist
 
 
 def _drawn_parents(
@@ -379,7 +402,13 @@ def _other_values(fn: Any, value: Tensor) -> list[Tensor]:
     return [fn.sample().to(value.dtype) for _ in range(4)]
 
 
-def _score_blockers(guide: Program, sites: Mapping[str, Site]) -> dict[str, str]:
+def _score_blockers(
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    sites: Mapping[str, Site],
+    replay: Replay,
+) -> dict[str, str]:
     """Why log q can't be taken at boundary copies with constant parameters: site -> reason."""
     blockers = {}
     for name, site in sites.items():
@@ -388,6 +417,11 @@ def _score_blockers(guide: Program, sites: Mapping[str, Site]) -> dict[str, str]
                 site["fn"].log_prob(site["value"].clone())
             except (KeyError, NotImplementedError, RuntimeError):
                 blockers[name] = f"its {type(core(site['fn'])).__name__} has no inverse"
+    with torch.enable_grad():
+        for name, site in trace(guide, args, kwargs, [replay])[0].items():
+            point = core(site["fn"])
+            if is_point(site) and (point.v.requires_grad or point.log_density.requires_grad):
+                blockers[name] = "a point that moves with parameters of its own has no score"
     if len(sites) > 1:
         module, last = owner(guide), list(sites)[-1]
         if module is None:
@@ -396,4 +430,96 @@ def _score_blockers(guide: Program, sites: Mapping[str, Site]) -> dict[str, str]
             for name, part in module.named_modules():
                 if isinstance(part, nn.modules.dropout._DropoutNd) and part.training and part.p > 0:
                     blockers[last] = f"dropout ({name}) would draw another mask for its second run"
+            if not blockers:
+                blockers = _rerun_blockers(module, guide, args, kwargs, sites, replay)
     return blockers
+
+
+def _rerun_blockers(
+    module: nn.Module,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    sites: Mapping[str, Site],
+    replay: Replay,
+) -> dict[str, str]:
+    """Why a second run of a guide would not do with constant parameters: site -> reason."""
+    constant = {id(p): p.detach() for p in parameters(module)}
+    constant |= {id(b): b.clone() for b in module.buffers()}
+    blockers = {}
+    with torch.enable_grad(), swapped(module, constant):
+        for name, site in trace(guide, args, kwargs, [replay])[0].items():
+            log_q, first = (s["fn"].log_prob(s["value"]) for s in (site, sites[name]))
+            if log_q.requires_grad:
+                blockers[name] = "it depends on parameters that are not the guide module's own"
+            elif not torch.allclose(log_q, first, rtol=1e-3, atol=1e-3, equal_nan=True):
+                blockers[name] = (
+                    "its density changes from run to run (noise that is no sample site)"
+                )
+    return blockers
+
+
+def factor_blockers(plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, str]:
+    """Why the gradient that arrives at a draw must not meet DReG's factor: site -> reason.
+
+    The factor is that of the draw's own row, and it is right where log q of the draw is a part of
+    the row's log weight. Found by looking what arrives from other rows, and what where log q is
+    masked.
+    """
+    model, guide = plan.programs
+    with preserved(model, guide), torch.enable_grad(), poutine.block():
+        bare, batch = unwrap(model, args)
+        conditioned = [Condition(batch, proposing=True)] if batch is not None else []
+        sites, subsamples = trace(guide, args, kwargs, conditioned)
+        values = {name: site["value"].detach() for name, site in sites.items()}
+        leaves = {
+            name: values[name].clone().requires_grad_()
+            for name, site in sites.items()
+            if values[name].is_floating_point() and site["infer"].get("observed") is not True
+        }
+        values |= subsamples | {name: leaf.clone() for name, leaf in leaves.items()}
+        again, _ = trace(guide, args, kwargs, [Replay(values)])
+        conditioned = [Condition(batch, proposed=values)] if batch is not None else []
+        priors, _ = trace(bare, args, kwargs, [Replay(values), *conditioned])
+        terms = [
+            scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
+            for site in [*again.values(), *priors.values()]
+        ]
+        all_rows = sum(term.sum() for term in terms)
+        others = all_rows - sum(_first_row(plan, term).sum() for term in terms)
+        arriving, foreign = (_gradients(density, leaves) for density in (all_rows, others))
+    blockers = {}
+    for name in leaves:
+        fn, here, from_others = sites[name]["fn"], arriving[name], foreign[name]
+        if bool((_first_row(plan, from_others, fn.event_dim) != 0).any()):
+            blockers[name] = "densities of other rows depend on its draw, as with BatchNorm"
+        elif bool((here[~_counts(sites[name])] != 0).any()):
+            blockers[name] = "its log q is masked where other densities depend on its draw"
+    return blockers
+
+
+def _gradients(density: Any, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not isinstance(density, Tensor) or not density.requires_grad or not leaves:
+        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    gradients = torch.autograd.grad(
+        density, list(leaves.values()), retain_graph=True, materialize_grads=True
+    )
+    return dict(zip(leaves, gradients, strict=True))
+
+
+def _first_row(plan: Plan, tensor: Tensor, event_dim: int = 0) -> Tensor:
+    index: list[Any] = [slice(None)] * tensor.dim()
+    for dim in plan.rows:
+        index[dim - event_dim] = 0
+    return tensor[tuple(index)]
+
+
+def _counts(site: Site) -> Tensor:
+    """Where log q of a draw is not masked, in the shape of the draw."""
+    fn, value = site["fn"], site["value"]
+    counts = torch.ones_like(value, dtype=torch.bool)
+    handler = site["mask"] if isinstance(site["mask"], Tensor) else True  # False is a beta of 0
+    for mask, event_dim in [(handler, fn.event_dim), *_masks(fn)]:
+        mask = torch.as_tensor(mask, dtype=torch.bool, device=value.device)
+        counts = counts & mask[(...,) + (None,) * (event_dim if mask.dim() else 0)]
+    return counts

@@ -23,7 +23,8 @@ CURES = {
     "values",
     "NegativeBinomial": "use whole numbers from 0, or Gaussian for real values",
     "Binomial": "use whole numbers from 0 to total_count, raise total_count, or use "
-    "NegativeBinomial for counts without end, ContinuousBernoulli for values in [0, 1], Gaussian for real values",
+    "NegativeBinomial for counts without end, ContinuousBernoulli for values in [0, 1], Gaussian for "
+    "real values",
     "Categorical": "use whole numbers from 0 to the number of classes - 1",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-__all__ = ["owner", "preserved", "swapped"]
+__all__ = ["owner", "parameters", "preserved", "swapped"]
 
 
 def owner(program: Callable[..., Any]) -> nn.Module | None:
@@ -19,6 +20,11 @@ def owner(program: Callable[..., Any]) -> nn.Module | None:
         return program
     bound_to = getattr(program, "__self__", None)
     return bound_to if isinstance(bound_to, nn.Module) else None
+
+
+def parameters(module: nn.Module) -> list[Tensor]:
+    """What a module may read: its own parameters, and what Pyro's store holds by ``pyro.param``."""
+    return [*module.parameters(), *pyro.get_param_store()._params.values()]
 
 
 @contextmanager
@@ -41,7 +47,9 @@ def swapped(module: nn.Module, new: Mapping[int, Tensor]) -> Iterator[None]:
     try:
         for home, name, tensor in undo:
             home[name] = new[id(tensor)]
-        yield
+        with warnings.catch_warnings():  # of what pyro.module finds frozen
+            warnings.filterwarnings("ignore", ".*was not registered in the param store")
+            yield
     finally:
         for home, name, tensor in undo:
             home[name] = tensor

@@ -28,6 +28,7 @@ __all__ = [
     "core",
     "elementwise",
     "elementwise_kl",
+    "is_point",
     "plate_scale",
     "unmasked_fn",
     "trace",
@@ -93,6 +94,11 @@ def core(fn: Any) -> Any:
     return fn
 
 
+def is_point(site: Site) -> bool:
+    """Whether a site is a point, which has a path but no score."""
+    return isinstance(core(site["fn"]), dist.Delta)
+
+
 def unmasked_fn(site: Site) -> Any:
     return site["infer"].get("source", site["fn"])
 
@@ -116,6 +122,13 @@ def elementwise_kl(q: Any, p: Any) -> tuple[Tensor, int]:
         if dims == p.reinterpreted_batch_ndims:
             kl, event_dim = elementwise_kl(q.base_dist, p.base_dist)
             return kl, event_dim + dims
+    if isinstance(q, MaskedDistribution) and isinstance(p, MaskedDistribution):
+        kl, event_dim = elementwise_kl(q.base_dist, p.base_dist)
+        mask = q._mask  # p has the same, or the plan does not list the site
+        mask = mask[(...,) + (None,) * event_dim] if isinstance(mask, Tensor) else mask
+        return scale_and_mask(kl, mask=mask), event_dim
+    if isinstance(core(q), dist.Delta):  # Pyro's KL leaves out the log density of the point
+        return q.log_prob(q.mean) - p.log_prob(q.mean), 0
     return kl_divergence(q, p), 0
 
 

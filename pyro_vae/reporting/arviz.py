@@ -16,9 +16,10 @@ from torch import Tensor
 
 from pyro_vae.batch import Batch, take
 from pyro_vae.evaluation.diagnostics import khat_threshold, pareto_khat, tail_length
-from pyro_vae.evaluation.likelihood import CELLS, _entries, _judging, _place, check_rows
+from pyro_vae.evaluation.likelihood import CELLS, check_rows, device_of, entries_per_row, judging
 from pyro_vae.objectives.particles import Particles, run
 from pyro_vae.objectives.plan import Plan, make_plan
+from pyro_vae.objectives.support import check_data
 from pyro_vae.objectives.tracing import Replay, Site, core, trace, unwrap
 from pyro_vae.reporting.convert import SINGLE, container
 
@@ -102,10 +103,11 @@ def to_arviz(
     if unknown := set(groups) - set(GROUPS):
         raise ValueError(f"to_arviz: came groups {sorted(unknown)}, wanted some of {list(GROUPS)}")
     check_rows("to_arviz: data", data)
-    with _judging(model, guide, seed):
-        data = data.to(_place(model, guide, data))
+    with judging(model, guide, seed):
+        data = data.to(device_of(model, guide, data))
         plan = _admitted(model, guide, (take(data, slice(0, 2)),))
-        chunk = chunk or max(1, CELLS // (_entries(data) * min(batch_size, len(data))))
+        check_data(plan.supports, data)
+        chunk = chunk or max(1, CELLS // (entries_per_row(data) * min(batch_size, len(data))))
         arrays = _Arrays(num_draws, len(data), groups)
         for start in range(0, len(data), batch_size):
             rows = slice(start, min(start + batch_size, len(data)))
