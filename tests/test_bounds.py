@@ -38,6 +38,19 @@ def test_closed_forms_survive_weights_that_underflow():
     assert Renyi(0.0)(log_w - 1e5) == pytest.approx(-1e5 - math.log(2))
 
 
+def test_autodiff_survives_weights_that_underflow():
+    """h / w is 0 / 0 there, and whatever it is meets no gradient."""
+
+    class Plain(Bound):
+        def __call__(self, log_w: Tensor) -> Tensor:
+            return torch.logsumexp(log_w, 0) - math.log(len(log_w))
+
+    curvature = Plain().curvature(torch.tensor([[0.0, 0.0], [-5000.0, -1.0]]))
+    assert curvature[:, 0].tolist() == [0, 0]
+    exact = Renyi(0.0).curvature(torch.tensor([[0.0], [-1.0]]))
+    torch.testing.assert_close(curvature[:, 1:], exact)
+
+
 def test_vr_max_takes_the_largest_weight():
     log_w = torch.tensor([[1.0, 2.0], [3.0, -1.0], [3.0, 0.0]])
     assert VR_MAX(log_w).tolist() == [3.0, 2.0]

@@ -476,6 +476,15 @@ def test_binomial_equals_pyros_when_expanded_and_at_extreme_logits():
         ours.log_prob(x + 1)
 
 
+def test_negative_binomial_scores_in_its_batch_shape():
+    """A site that does not depend on the latents still has a density in every particle."""
+    x = torch.tensor([[0.0, 3.0], [7.0, 1.0]])
+    fn = _NegativeBinomial(torch.tensor(2.0), torch.tensor([1.5, 4.0]))
+    log_prob = fn.expand([3, 2, 2]).log_prob(x)
+    assert log_prob.shape == (3, 2, 2)
+    torch.testing.assert_close(log_prob, fn.log_prob(x).expand(3, 2, 2))
+
+
 def test_continuous_bernoulli_integrates_to_one():
     grid = torch.linspace(0, 1, 20_001).unsqueeze(-1)
     for logit in (-20.0, -1.0, 1e-3, 0.0, 5.0):

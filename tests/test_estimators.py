@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.distributions import transforms as flows
 from torch import Tensor, nn
+from torch.nn.functional import dropout
 
-from pyro_vae.nn import mlp
+from pyro_vae.nn import leading, mlp
 from pyro_vae.objectives import (
     STL,
     Bound,
@@ -41,9 +44,11 @@ from tests.small_pairs import (
     LinearModel,
     Program,
     TopDown,
+    assert_same,
     batch_norm,
     data,
     flat_gradient,
+    normal,
     parameters,
     sigmas,
     value_and_gradient,
@@ -142,6 +147,36 @@ def test_dreg_knows_the_users_own_scale(guide: Callable[[], nn.Module], scales: 
     pair = Annealed(LadderModel(), scales), Annealed(guide(), scales)
     objectives = [iwae(4, estimator) for estimator in ("dreg", "pathwise")]
     assert sigmas(differences(pair, objectives)).abs().max() < 5
+
+
+class StoreLadder(nn.Module):
+    """Bottom-up, with ``pyro.param`` for what lies above z1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(X_DIM, 2 * Z_DIM)
+
+    def forward(self, x: Tensor) -> None:
+        up = pyro.param("up", lambda: 0.3 * torch.randn(1, Z_DIM))
+        scale = pyro.param("scale", torch.tensor([0.6]), constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            z1 = pyro.sample("z1", normal(self.net(x)))
+            pyro.sample("z2", dist.Normal(z1 @ up.T, scale).to_event(1))
+
+
+def test_dreg_holds_what_a_guide_has_in_the_store():
+    model, guide, x = LadderModel(), StoreLadder(), data(ROWS)
+    guide(x)
+    wanted = [*parameters(guide), *pyro.get_param_store()._params.values()]
+    gradients = []
+    for seed in range(REPEATS):
+        pair = []
+        for estimator in ("dreg", "pathwise"):
+            pyro.set_rng_seed(seed)
+            loss = iwae(4, estimator).differentiable_loss(model, guide, x)
+            pair.append(flat_gradient(loss, wanted))
+        gradients.append(torch.sub(*pair))
+    assert sigmas(torch.stack(gradients)).abs().max() < 5
 
 
 def test_dreg_refuses_scales_that_it_cannot_tell_apart():
@@ -320,6 +355,54 @@ def test_the_score_of_a_site_that_only_the_model_draws():
     assert sigmas(torch.autograd.grad(loss, logits)[0] + gradient).abs().max() < 5
 
 
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_the_score_of_rows_on_which_a_global_latent_depends(every: bool, chunk: int | None):
+    """The guide draws g given all y: a row's draw moves g and, through it, the other rows."""
+    x, b, w = torch.tensor([0.3, -1.2, 1.5]), torch.tensor(0.3), torch.tensor(0.8)
+    nodes, weights = map(torch.as_tensor, np.polynomial.hermite_e.hermegauss(40))
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.logits = nn.Parameter(torch.tensor([0.4, -0.3, 0.2]))
+
+        def forward(self) -> None:
+            with pyro.plate("data", 3):
+                y = pyro.sample("y", dist.Bernoulli(logits=self.logits))
+            pyro.sample("g", dist.Normal(w * y.mean(-1, keepdim=y.dim() > 1), 0.7))
+
+    def model() -> None:
+        g = pyro.sample("g", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            y = pyro.sample("y", dist.Bernoulli(logits=b))
+            pyro.sample("x", dist.Normal(g + 2 * y, 1.0), obs=x)
+
+    guide = Mean()
+    q, total = dist.Bernoulli(logits=guide.logits), torch.zeros(())
+    for y in torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3):
+        log_q, q_g = q.log_prob(y).sum(), dist.Normal(w * y.mean(), 0.7)
+        g = q_g.mean + 0.7 * nodes
+        fit = dist.Normal(g[:, None] + 2 * y, 1.0).log_prob(x).sum(-1)
+        log_p = dist.Normal(0.0, 1.0).log_prob(g) + dist.Bernoulli(logits=b).log_prob(y).sum() + fit
+        inner = (weights * (log_p - q_g.log_prob(g))).sum() / weights.sum()
+        total = total + log_q.exp() * (inner - log_q)
+    (exact,) = torch.autograd.grad(-total, guide.logits)
+    objective = elbo(200, Score(every), chunk=chunk and 60)
+    gradients = [value_and_gradient(objective, model, guide, seed=s)[1] for s in range(60)]
+    assert sigmas(torch.stack(gradients) - exact).abs().max() < 5
+
+
+def test_a_point_keeps_its_path_under_the_score():
+    """It has no score: with ``all_sites`` its parameters would get no gradient."""
+    pair = LinearModel(), MovingPoint()
+    results = [
+        value_and_gradient(elbo(2, estimator), *pair, data())
+        for estimator in (Score(all_sites=True), "pathwise")
+    ]
+    assert_same(*results)
+
+
 def test_a_score_beside_a_path():
     """y by its score, z | y by its path: the same gradient as when both take the score."""
 
@@ -367,7 +450,63 @@ class DiscreteGuide(Guide):
             pyro.sample("z", q.has_rsample_(False))
 
 
+class MovingPoint(Guide):
+    """A point that a network moves, as in a maximum a posteriori estimate."""
+
+    def posterior(self, x: Tensor) -> Any:
+        return dist.Delta(self.net(x)[..., :Z_DIM], event_dim=1)
+
+
+class ScaledDraw(Guide):
+    """z = s u with an auxiliary u, and a learned s."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_s = nn.Parameter(torch.zeros(Z_DIM))
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            u = pyro.sample("u", self.posterior(x), infer={"is_auxiliary": True})
+            density = -self.log_s.sum().expand(u.shape[:-1])
+            pyro.sample("z", dist.Delta(self.log_s.exp() * u, density, event_dim=1))
+
+
+class FunctionalDropout(nn.Linear):
+    """Dropout that no module shows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(super().forward(x), 0.5, self.training)
+
+
+def borrowed() -> Program:
+    """A guide whose upper network is not among its submodules."""
+    guide = BottomUp()
+    up, guide.up = guide.up, nn.Identity()
+    guide.up.forward = up.forward
+    return guide
+
+
 REFUSED: dict[str, tuple[Callable[[], tuple[Program, Program]], tuple[str, ...], str]] = {
+    "point with parameters": (
+        lambda: (LinearModel(), MovingPoint()),
+        ("stl", "dreg"),
+        "'z'.*parameters of its own.*pathwise",
+    ),
+    "transformed draw with parameters": (
+        lambda: (LinearModel(), ScaledDraw()),
+        ("stl", "dreg"),
+        "'z'.*parameters of its own.*pathwise",
+    ),
+    "functional dropout in a guide of several sites": (
+        lambda: (LadderModel(), BottomUp(FunctionalDropout(X_DIM, 2 * Z_DIM))),
+        ("stl", "dreg"),
+        "'z1'.*run to run.*pathwise",
+    ),
+    "a network that the guide does not own": (
+        lambda: (LadderModel(), borrowed()),
+        ("stl", "dreg"),
+        "'z2'.*not the guide module's own.*pathwise",
+    ),
     "planar flow": (
         lambda: (LinearModel(), FlowGuide(lambda: flows.planar(2))),
         ("stl", "dreg"),
@@ -398,6 +537,51 @@ def test_refused_at_the_first_call(case: str):
     for name in names:
         with pytest.raises(ValueError, match=message):
             elbo(estimator=name).differentiable_loss(model, guide, data())
+
+
+class MaskedModel(LinearModel):
+    """The latent counts in some rows only; the data always, or where it does."""
+
+    def __init__(self, everywhere: bool) -> None:
+        super().__init__()
+        self.everywhere = everywhere
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            with poutine.mask(mask=x[:, 0] > 0):
+                z = pyro.sample("z", dist.Normal(torch.zeros(Z_DIM), 1.0).to_event(1))
+            with poutine.mask(mask=(x[:, 0] > 0) | self.everywhere):
+                pyro.sample("x", dist.Normal(self.net(z), 0.8).to_event(1), obs=x)
+
+
+class MaskedGuide(Guide):
+    def posterior(self, x: Tensor) -> Any:
+        return super().posterior(x).mask(x[:, 0] > 0)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_dreg_refuses_a_masked_latent_that_counts_elsewhere(number: int):
+    """There log q is no part of log w, and the gradient that arrives is whole."""
+    x = data(ROWS)
+    with pytest.raises(ValueError, match=r"'z'.*masked where other densities depend.*pathwise"):
+        iwae(number, "dreg").differentiable_loss(MaskedModel(True), MaskedGuide(), x)
+    elbo(number, "stl").differentiable_loss(MaskedModel(True), MaskedGuide(), x)
+    objectives = [iwae(4, estimator) for estimator in ("dreg", "pathwise")]
+    pair = MaskedModel(False), MaskedGuide()
+    assert sigmas(differences(pair, objectives)).abs().max() < 5
+
+
+def test_dreg_refuses_rows_that_depend_on_each_others_draws():
+    """BatchNorm in a decoder: the factor is that of one row, the gradient comes from all."""
+    model, x = LinearModel(), data()
+    norm = leading(nn.BatchNorm1d(4), 1)
+    model.net = nn.Sequential(nn.Linear(Z_DIM, 4), norm, nn.Linear(4, X_DIM))
+    with pytest.raises(ValueError, match=r"'z'.*other rows depend on its draw.*pathwise"):
+        iwae(3, "dreg").differentiable_loss(model, Guide(), x)
+    for objective in (elbo(3, "stl"), iwae(3)):
+        objective.differentiable_loss(model, Guide(), x)
+    model.eval()
+    iwae(3, "dreg").differentiable_loss(model, Guide(), x)
 
 
 def test_what_is_refused_in_training_is_right_in_evaluation():

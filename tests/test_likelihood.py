@@ -489,7 +489,27 @@ class PointBesideAuxiliary(nn.Module):
             pyro.sample("z", dist.Delta(x[:, :Z_DIM]).to_event(1))
 
 
+class SubsampledEntries(nn.Module):
+    """Sees one entry of a row at a time: p(x)'s estimate is right, that of log p(x) is not."""
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-2):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("entries", X_DIM, subsample_size=1, dim=-1) as i:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, i])
+
+
+class EntriesGuide(nn.Module):
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-2):
+            pyro.sample("z", dist.Normal(x.mean(-1, keepdim=True), 1.0))
+
+
 REFUSED: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
+    "subsampled entries": (
+        *(lambda model: EntriesGuide(), SubsampledEntries),
+        r"plates \['entries'\].*no bound",
+    ),
     "point": (lambda model: PointGuide(), LinearModel, "'z' has a point mass"),
     "AutoDelta": (AutoDelta, LinearModel, "'z' has a point mass"),
     "point beside a draw": (

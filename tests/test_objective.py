@@ -369,6 +369,40 @@ def test_a_scale_on_some_sites_is_read_at_every_call():
     assert losses[0] == pytest.approx(losses[1])
 
 
+def test_a_scale_that_is_a_tensor_may_be_1_at_first():
+    """The plan must not take it for one that all sites share."""
+    model = Annealed(LinearModel(), {"z": torch.tensor(1.0)})
+    guide = Annealed(Guide(), {"z": torch.tensor(1.0)})
+    objective, x = iwae(3), data()
+    objective.loss(model, guide, x)
+    losses = []
+    for each, beta in ((objective, torch.tensor(0.3)), (iwae(3), 0.3)):
+        model.scales, guide.scales = {"z": beta}, {"z": beta}
+        pyro.set_rng_seed(1)
+        losses.append(each.loss(model, guide, x))
+    assert losses[0] == pytest.approx(losses[1])
+
+
+class Cliff(LinearModel):
+    """Half of the latent space is impossible."""
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([self.z_dim]).to_event(1))
+            pyro.sample("x", dist.Normal(self.net(z), self.log_scale.exp()).to_event(1), obs=x)
+            pyro.factor("cliff", torch.where(z[..., 0] > 0, 0.0, -math.inf))
+
+
+@pytest.mark.parametrize("estimator", ["pathwise", "dreg", Score(all_sites=True)], ids=str)
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_an_impossible_particle_counts_nothing(estimator: str | Estimator, chunk: int | None):
+    objective, model, guide, x = iwae(20, estimator, chunk=chunk), Cliff(), Guide(), data()
+    value, gradient = value_and_gradient(objective, model, guide, x)
+    pyro.set_rng_seed(1)
+    assert value == pytest.approx(-objective.rows(model, guide, x).sum())
+    assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("estimator", ["pathwise", "dreg"])
 def test_rows_are_the_bound_without_gradient(estimator: str):
     objective, (model, guide), x = iwae(5, estimator), PAIRS["one latent"](), data()

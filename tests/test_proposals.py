@@ -106,6 +106,7 @@ def test_widening_a_flow_widens_its_base():
         dist.Laplace(0.0, 1.0),
         dist.Uniform(torch.zeros(2), 1.0).to_event(1),
         dist.Delta(torch.zeros(2)),
+        dist.FoldedDistribution(dist.Normal(0.0, 1.0)),  # a density of its own over a Gaussian
     ],
     ids=lambda fn: type(fn).__name__,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,18 +38,22 @@ class Folder:
         self.path = Path(path)
 
     def claim(self) -> None:
-        """Make the folder; a finished or interrupted run in it is not overwritten."""
+        """See that a run can go here; the folder itself is made when there is something to keep. A
+        finished or interrupted run in it is not overwritten."""
         if (self.path / "state.safetensors").exists() or (self.path / "config.json").exists():
             raise ValueError(
                 f"{self.path}: holds a run already; use resume to go on, or another folder"
             )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"{self.path}: can't make the run folder: {error.strerror}") from None
+        there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not there.is_dir():
+            why = "File exists" if there == self.path else f"Not a directory: {there}"
+            raise ValueError(f"{self.path}: can't make the run folder: {why}")
+        if not os.access(there, os.W_OK):
+            raise ValueError(f"{self.path}: can't make the run folder: Permission denied: {there}")
 
     def save_state(self, state: dict[str, Any]) -> None:
         """All that ``fit`` needs to go on, in one file."""
+        self.path.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         meta = pack(state, tensors)
         write_tensors(self.path / "state.safetensors", tensors, {"format": FORMAT, "state": meta})
@@ -61,6 +66,7 @@ class Folder:
 
     def save(self, run: Run) -> None:
         """Parameters, history and configuration of a finished run."""
+        self.path.mkdir(parents=True, exist_ok=True)
         for name, program in (("model", run.model), ("guide", run.guide)):
             module = owner(program)
             tensors = dict(module.state_dict()) if module is not None else {}
@@ -102,6 +108,7 @@ class Folder:
                 raise ValueError(f"{path}: not of this pair: {' '.join(lines[1:3])}") from None
 
     def write(self, name: str, text: str) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
         with replacing(self.path / name) as temporary:
             temporary.write_text(text)
 
