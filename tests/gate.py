@@ -1220,6 +1220,7 @@ def planted() -> list[Planted]:
             "DReG: stored parameters not swapped",
             cell(STORED, "iwae", dreg),
             (swap.swapped, "[*homes, store]", "homes"),
+            (plan._rerun_blockers, "if log_q.requires_grad", "if False"),  # or it is refused
         ),
         Planted(
             "DReG: remainder of per-site beta missing",
