@@ -61,6 +61,12 @@ class Batch:
     ) -> None:
         if isinstance(values, Tensor | np.ndarray):
             raise ValueError("Batch: came a bare array, wanted site names: Batch({'x': array})")
+        for argument, given in (("observed", observed), ("fill", fill)):
+            if given is not None and not isinstance(given, Mapping):
+                raise ValueError(
+                    f"Batch: {argument}= came as {type(given).__name__}, wanted site names: "
+                    f"{argument}={{'x': ...}}"
+                )
         tensors = {site: _as_tensor(site, value) for site, value in (values or {}).items()}
         lengths = {site: len(value) for site, value in tensors.items()}
         if size is not None:

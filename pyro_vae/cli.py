@@ -369,7 +369,9 @@ def fit(
             resume=resume,
         )
     last = run.history[-1]
-    shown = f", valid {run.best['valid']:.3f} at epoch {run.best['epoch']}" if held_out else ""
+    shown = (
+        f", valid bound {run.best['valid']:.3f} at epoch {run.best['epoch']}" if held_out else ""
+    )
     typer.echo(
         f"{out}: {last['step']} steps in {last['seconds']:.1f} s, loss {last['loss']:.3f} nats per "
         f"row{shown}, stopped by {run.stopped}"

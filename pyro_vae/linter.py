@@ -452,23 +452,15 @@ def _reads(pair: _Pair) -> Iterator[Finding]:
             )
     for name in pair.batch.incomplete:
         site = pair.model_sites.get(name)
-        if name in model.values_read and site is not None:
-            if site["is_observed"] and "drawn" not in site["infer"]:
-                yield Finding(
-                    "error",
-                    name,
-                    "it has missing entries and the model gives obs= by itself, so that they count "
-                    "as if their fill were data",
-                    "drop obs=: a model contains no data",
-                )
-            else:
-                yield Finding(
-                    "warning",
-                    name,
-                    "the model reads from the batch what it draws itself; missing entries read as "
-                    "their fill",
-                    "use what pyro.sample returned",
-                )
+        by_itself = site is not None and site["is_observed"] and "drawn" not in site["infer"]
+        if name in model.values_read and site is not None and not by_itself:
+            yield Finding(
+                "warning",
+                name,
+                "the model reads from the batch what it draws itself; missing entries read as their "
+                "fill",
+                "use what pyro.sample returned",
+            )
         if name in guide.values_read and name not in guide.masks_read:
             yield Finding(
                 "note",

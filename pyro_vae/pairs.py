@@ -230,6 +230,8 @@ def _built(
 
 def _observed(batch: Batch, site: str) -> Tensor:
     """Values ``[N, *event]`` of a site in torch's default dtype, NaN where missing."""
+    if not isinstance(batch, Batch):
+        raise ValueError(f"came a {type(batch).__name__}, wanted a Batch: Batch({{{site!r}: x}})")
     if site not in batch:
         raise ValueError(
             f"site {site!r} is not in the batch, which has {list(batch.sites)}; say which by site="

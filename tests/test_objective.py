@@ -40,6 +40,7 @@ from pyro_vae.objectives import (
     mean_field,
     renyi,
 )
+from pyro_vae.objectives import objective as objective_module
 from pyro_vae.objectives.estimators import get
 from pyro_vae.objectives.objective import refusal
 from tests.small_pairs import (
@@ -228,6 +229,42 @@ def test_recomputation_moves_no_buffers_and_no_random_state():
     assert any(not torch.equal(a, b) for a, b in zip(before, forward, strict=True))
     torch.testing.assert_close(buffers(), forward)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Running(nn.Linear):
+    """Scales by a number that every run reads and moves, as codebooks with running means do."""
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(X_DIM, 2 * Z_DIM)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x) * self.scale.clone()
+        if self.training:
+            self.scale.mul_(1.3)
+        return out
+
+
+@pytest.mark.parametrize("estimator", ["pathwise", "dreg"])
+def test_recomputation_sees_the_buffers_of_the_first_run(
+    monkeypatch: pytest.MonkeyPatch, estimator: str
+):
+    results: list[Any] = []
+    scales: list[Tensor] = []
+    for recomputed in (True, False):
+        if not recomputed:
+            monkeypatch.setattr(
+                objective_module, "checkpoint", lambda function, *inputs, **_: function(*inputs)
+            )
+        pyro.set_rng_seed(0)
+        guide = Guide(Running())
+        objective = iwae(4, estimator, chunk=2)
+        results.append(value_and_gradient(objective, LinearModel(), guide, data()))
+        scales.append(*guide.buffers())
+    assert_same(*results)
+    assert_same(*scales)
 
 
 def test_chunks_of_dropout_keep_their_masks():

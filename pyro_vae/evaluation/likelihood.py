@@ -261,6 +261,11 @@ def check_rows(what: str, data: Any) -> None:
         raise ValueError(f"{what} came as a single number, wanted rows [N, *event]")
     if len(data) == 0:
         raise ValueError(f"{what} came without rows")
+    if isinstance(data, Tensor) and data.is_floating_point() and bool(data.isnan().any()):
+        raise ValueError(
+            f"{what} came as a bare tensor with {int(data.isnan().sum())} NaN, which mean missing in a "
+            "Batch alone: Batch({'x': x})"
+        )
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from pyro_vae.objectives.estimators import Estimator
 from pyro_vae.objectives.particles import Boundary, Particles, log_q_at_rest, run
 from pyro_vae.objectives.plan import Plan, SitesChanged, factor_blockers, make_plan
 from pyro_vae.objectives.rates import MonteCarlo, Rate
-from pyro_vae.objectives.swap import owner, preserved
+from pyro_vae.objectives.swap import Rewound, owner
 
 __all__ = ["Objective", "ObjectiveModule", "refusal"]
 
@@ -103,15 +103,15 @@ class Objective(ELBO):
         if why := refusal(self.bound, self.estimator, self.rate):
             raise ValueError(f"Objective: {why}")
         self._plans: dict[Any, Plan] = {}
-        self._svi_step = torch.zeros((), dtype=torch.long)
+        self._steps: dict[Any, tuple[Program, Program, Tensor]] = {}  # of each pair under SVI
 
     def __call__(self, model: Program, guide: Program) -> ObjectiveModule:
         """The loss of a pair as a module that holds the parameters of model, guide and objective."""
         return ObjectiveModule(model, guide, self)
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kw: Any) -> Tensor:
-        """The loss as a scalar tensor, at the step that ``SVI`` has reached."""
-        return self.loss_and_rows(model, guide, args, kw, self._svi_step)[0]
+        """The loss as a scalar tensor, at the step that ``SVI`` has reached with this pair."""
+        return self.loss_and_rows(model, guide, args, kw, self._step(model, guide))[0]
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """The loss as a number, without gradient."""
@@ -127,8 +127,13 @@ class Objective(ELBO):
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward()
-        self._svi_step = self._svi_step + 1
+        step = self._step(model, guide) + 1
+        self._steps[_identity(model), _identity(guide)] = model, guide, step
         return loss.detach()
+
+    def _step(self, model: Program, guide: Program) -> Tensor:
+        pair = _identity(model), _identity(guide)
+        return self._steps[pair][2] if pair in self._steps else torch.zeros((), dtype=torch.long)
 
     def rows(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The bound of each row ``[B]`` in nats, without gradient, N / B or row weights.
@@ -136,7 +141,7 @@ class Objective(ELBO):
         Raises:
             ValueError: no plate over rows.
         """
-        return self.rows_at(model, guide, args, kwargs, self._svi_step)
+        return self.rows_at(model, guide, args, kwargs, self._step(model, guide))
 
     def rows_at(
         self,
@@ -178,8 +183,7 @@ class Objective(ELBO):
         for program in (model, guide):
             module = owner(program)
             training = None if module is None else module.training
-            this = getattr(program, "__self__", program)  # a bound method is a new object each time
-            programs.append((id(this), id(getattr(program, "__func__", program)), training))
+            programs.append((*_identity(program), training))
         return (
             *programs,
             (batch.sites, batch.incomplete) if batch is not None else None,
@@ -319,7 +323,7 @@ class Objective(ELBO):
                         self._chunk,
                         *inputs,
                         use_reentrant=False,
-                        context_fn=lambda: (nullcontext(), preserved(*plan.programs)),
+                        context_fn=lambda: (nullcontext(), Rewound(*plan.programs)),
                     )
                 )
         return chunks
@@ -454,6 +458,11 @@ class ObjectiveModule(ELBOModule):
         if self.training and torch.is_grad_enabled():
             self.step += 1
         return out
+
+
+def _identity(program: Program) -> tuple[int, int]:
+    """Of what is called: a bound method is a new object each time, its owner and function are not."""
+    return id(getattr(program, "__self__", program)), id(getattr(program, "__func__", program))
 
 
 def _join(parts: Iterable[Tensor | None]) -> Tensor | None:

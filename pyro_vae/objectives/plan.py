@@ -212,6 +212,15 @@ def problems(
     for program, sites in (("guide", guide), ("model", model)):  # the model sees the guide's draws
         for site in sites.values():
             yield from broadcasts(program, site)
+    for name in batch.incomplete if batch is not None else ():
+        p = model.get(name)
+        if p and p["is_observed"] and "drawn" not in p["infer"] and p["mask"] is None:
+            yield Problem(
+                name,
+                "it has missing entries and the model gives obs= by itself, so that they count as if "
+                "their fill were data",
+                "drop obs=: a model contains no data",
+            )
     observed = any(site["is_observed"] or "observed" in site["infer"] for site in model.values())
     if not observed and (model or batch is not None):  # a model may have nothing to do in a call
         held = f"the batch holds {list(batch.sites)}" if batch is not None else "no obs= was given"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor, nn
 
-__all__ = ["owner", "parameters", "preserved", "swapped"]
+__all__ = ["Rewound", "owner", "parameters", "preserved", "swapped"]
 
 
 def owner(program: Callable[..., Any]) -> nn.Module | None:
@@ -70,3 +70,36 @@ def preserved(*programs: Callable[..., Any]) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in zip(buffers, kept, strict=True):
                 buffer.copy_(value)
+
+
+class Rewound:
+    """A context in which programs run with the buffers that they had when it was made, and which
+    leaves no trace: the second run of a checkpoint, whose first run may have moved them.
+
+    Copies stand in for the buffers, since a graph may hold those.
+    """
+
+    def __init__(self, *programs: Callable[..., Any]) -> None:
+        self.programs = programs
+        modules = {id(m): m for program in programs if (m := owner(program)) is not None}
+        self.kept = [
+            (module, {id(b): b.detach().clone() for b in _moving(module)})
+            for module in modules.values()
+        ]
+
+    def __enter__(self) -> None:
+        self.stack = ExitStack()
+        self.stack.enter_context(preserved(*self.programs))
+        for module, buffers in self.kept:
+            copies = {key: buffer.clone() for key, buffer in buffers.items()}
+            self.stack.enter_context(swapped(module, copies))
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+
+def _moving(module: nn.Module) -> Iterator[Tensor]:
+    """Buffers that a run may change."""
+    for part in module.modules():
+        if part.training:
+            yield from part.buffers(recurse=False)

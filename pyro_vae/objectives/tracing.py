@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -68,7 +69,11 @@ def trace(
             stack.enter_context(handler)
         if particles > 1:
             stack.enter_context(pyro.plate(PLATE, particles, dim=-1 - nesting))
-        program(*args, **kwargs)
+        try:
+            program(*args, **kwargs)
+        except ValueError as error:
+            error.args = (_cure(str(error)), *error.args[1:])  # the same error: it knows the line
+            raise
     nodes: list[Any] = [s for s in tracer.trace.nodes.values() if s["type"] == "sample"]
     sites = {
         site["name"]: site
@@ -78,6 +83,20 @@ def trace(
     subsamples = {site["name"]: site["value"] for site in nodes if site_is_subsample(site)}
     subsamples.pop(PLATE, None)
     return sites, subsamples
+
+
+def _cure(text: str) -> str:
+    """Pyro's own message about a shape beyond a plate, with the cure; any other as it is."""
+    told = re.match(
+        r"Shape mismatch inside plate\('(.*)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)", text
+    )
+    if told is None:
+        return text
+    plate, site, dim, size, came = told.groups()
+    return (
+        f"site {site!r}: its distribution has {came} at batch dim {dim}, where plate {plate!r} has "
+        f"{size} rows; move event dims into the event by .to_event(), or give the plate batch.size"
+    )
 
 
 def unwrap(model: Program, args: tuple[Any, ...]) -> tuple[Program, Batch | None]:

@@ -40,7 +40,7 @@ class NonFiniteError(RuntimeError):
     run: Run
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """What ``fit`` leaves.
 
@@ -63,6 +63,15 @@ class Run:
     best: dict[str, float] = field(default_factory=dict)
     stopped: str = ""
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        if not self.history:
+            return f"Run({self.objective!r}, not trained)"
+        last = self.history[-1]
+        return (
+            f"Run({last['step']} steps in {last['seconds']:.1f} s, loss {last['loss']:.3f} nats per "
+            f"row, stopped by {self.stopped})"
+        )
 
     def evaluate(
         self, data: Batch | Tensor, num_particles: int = 500, **options: Any
@@ -329,7 +338,30 @@ def _materialize(loss: ObjectiveModule, batch: Any) -> list[nn.Parameter]:
     unique = {id(p): p for p in [*loss.parameters(), *stored] if p.requires_grad}
     if not unique:
         raise ValueError("fit: model and guide have no parameters to train")
+    for leaf in _leaves(loss, batch):
+        if id(leaf) not in unique:
+            raise ValueError(
+                f"fit: a tensor {list(leaf.shape)} wants a gradient and belongs to no parameter of "
+                "model, guide or objective, so it would not be trained; make it an nn.Parameter, keep "
+                "its module as an attribute (lists as nn.ModuleList), or register it by pyro.module"
+            )
     return list(unique.values())
+
+
+def _leaves(loss: ObjectiveModule, batch: Any) -> list[Tensor]:
+    """The tensors that the loss differentiates to."""
+    with preserved(loss.model, loss.guide), pyro.validation_enabled(False):
+        waiting: list[Any] = [loss.elbo.differentiable_loss(loss.model, loss.guide, batch).grad_fn]
+        seen, leaves = set(waiting), []
+        while waiting:
+            node = waiting.pop()
+            if hasattr(node, "variable"):
+                leaves.append(node.variable)
+            for parent, _ in node.next_functions if node is not None else ():
+                if parent is not None and parent not in seen:
+                    seen.add(parent)
+                    waiting.append(parent)
+    return leaves
 
 
 class _State:
