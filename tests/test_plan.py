@@ -251,3 +251,17 @@ def test_auxiliary_sites_of_the_guide_pass():
     total = particles.total(particles.posterior)
     wanted = dist.Normal(0.0, 2.0).log_prob(particles.samples["z"])
     torch.testing.assert_close(total, wanted)
+
+
+def test_straight_through_draws_are_refused():
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", 4, dim=-1):
+            y = pyro.sample("y", dist.OneHotCategorical(torch.ones(3)))
+            pyro.sample("x", dist.Normal(y[..., 0], 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", 4, dim=-1):
+            pyro.sample("y", dist.OneHotCategoricalStraightThrough(torch.ones(4, 3)))
+
+    with pytest.raises(ValueError, match="site 'y': the gradient of a straight-through draw"):
+        plan_of(model, guide, torch.zeros(4))

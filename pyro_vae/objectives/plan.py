@@ -209,6 +209,13 @@ def problems(
                 f"the guide draws it, but the model's sites are {list(model)}",
                 "rename it, or mark it infer={'is_auxiliary': True}",
             )
+    for name, q in guide.items():
+        if isinstance(core(q["fn"]), torch.distributions.OneHotCategoricalStraightThrough):
+            yield Problem(
+                name,
+                "the gradient of a straight-through draw is biased",
+                "use OneHotCategorical with estimator='score'",
+            )
     for program, sites in (("guide", guide), ("model", model)):  # the model sees the guide's draws
         for site in sites.values():
             yield from broadcasts(program, site)
