@@ -38,7 +38,9 @@ gate: $(STAMP)
 	$(BIN)/python -m tests.gate
 
 bench: $(STAMP)
-	@for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
+	$(BIN)/python -m benchmarks.gradients
+	@if [ -n "$$PYRO_VAE_DATA" ]; then $(BIN)/python -m benchmarks.memory; \
+	else echo "benchmarks.memory was not run: PYRO_VAE_DATA names no folder with mnist.npz"; fi
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
