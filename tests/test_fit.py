@@ -964,3 +964,18 @@ def test_a_pair_that_the_monitor_refuses_is_refused_at_once():
     with pytest.raises(ValueError, match="plate over rows"):
         fit(NoPlate(), lambda x: None, data(6), valid=data(3), **options)
     assert len(calls) == 1
+
+
+def test_a_network_that_is_not_registered_is_refused():
+    """It would get a gradient and never a step."""
+
+    class Hidden(LinearModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = [nn.Linear(X_DIM, X_DIM)]
+
+        def forward(self, x: Tensor) -> None:
+            super().forward(self.layers[0](x))
+
+    with pytest.raises(ValueError, match=r"a tensor \[3, 3\] wants a gradient .* nn\.ModuleList"):
+        fit(Hidden(), Guide(), data(10), steps=1)

@@ -822,3 +822,18 @@ def test_repr():
     text = repr(Objective(Renyi(), "dreg", Beta(2.0), [Pull()], num_particles=8, chunk=4))
     for part in ("iwae", "dreg", "beta(2.0, montecarlo)", "Pull", "chunk=4", "num_particles=8"):
         assert part in text
+
+
+def test_each_pair_under_svi_has_its_own_step():
+    """An objective is a value: warm-up starts anew with the next pair."""
+    warm, whole = Objective(rate=Beta(linear(3))), Objective()
+    seen = []
+    for objective in (warm, warm, whole):
+        pyro.set_rng_seed(0)
+        model, guide = LinearModel(), Guide()
+        pyro.clear_param_store()
+        svi = SVI(model, guide, pyro.optim.SGD({"lr": 0.0}), loss=objective)  # type: ignore[attr-defined]
+        seen.append([svi.step(data()) for _ in range(4)])
+    assert seen[0] == seen[1]
+    assert seen[0][0] != pytest.approx(seen[2][0])
+    assert seen[0][3] == pytest.approx(seen[2][3])

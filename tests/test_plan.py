@@ -265,3 +265,32 @@ def test_straight_through_draws_are_refused():
 
     with pytest.raises(ValueError, match="site 'y': the gradient of a straight-through draw"):
         plan_of(model, guide, torch.zeros(4))
+
+
+def test_the_models_own_obs_with_missing_entries_is_refused():
+    batch = Batch({"x": data(6)}).hide("x", torch.eye(6, 3) > 0)
+
+    def model(batch: Batch) -> None:
+        with pyro.plate("data", batch.size, dim=-1):
+            z = pyro.sample("z", standard(2))
+            pyro.sample(
+                "x", dist.Normal(z.sum(-1, True), torch.ones(3)).to_event(1), obs=batch["x"]
+            )
+
+    def guide(batch: Batch) -> None:
+        with pyro.plate("data", batch.size, dim=-1):
+            pyro.sample("z", standard(2))
+
+    with pytest.raises(
+        ValueError, match="site 'x': it has missing entries and the model gives obs="
+    ):
+        plan_of(model, guide, batch)
+
+
+def test_a_forgotten_to_event_is_named_with_its_cure():
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("x", dist.Normal(torch.zeros(len(x), 3), 1.0), obs=x)
+
+    with pytest.raises(ValueError, match=r"site 'x': its distribution has 3 .* by \.to_event\(\)"):
+        plan_of(model, lambda x: None, data(6))
