@@ -19,17 +19,17 @@ from pyro_vae.batch import Batch, take
 from pyro_vae.evaluation.diagnostics import khat_threshold, pareto_khat, tail_length
 from pyro_vae.evaluation.latent import LatentTable, active_units
 from pyro_vae.evaluation.proposals import Proposal, candidates
-from pyro_vae.evaluation.store import own_parameters
 from pyro_vae.objectives.particles import Particles, run
 from pyro_vae.objectives.plan import Plan, make_plan
 from pyro_vae.objectives.support import check_data
-from pyro_vae.objectives.swap import owner, preserved
+from pyro_vae.objectives.swap import own_parameters, owner, preserved
 from pyro_vae.objectives.tracing import core
 
 __all__ = [
     "CELLS",
     "Difference",
     "Evaluation",
+    "admitted",
     "check_rows",
     "device_of",
     "entries_per_row",
@@ -208,7 +208,7 @@ def evaluate(
         args = (take(data, slice(0, 2)),)
         plan = make_plan(model, guide, args, {})
         check_data(plan.supports, data)
-        table = _admitted(plan, model, guide, args)
+        table = admitted("evaluate", plan, model, guide, args)
         options = candidates(table.guide, table.model) if widen else (Proposal(),)
         fitting = max(
             1, CELLS // (entries_per_row(data) * min(max(batch_size, PILOT_ROWS), len(data)))
@@ -296,16 +296,23 @@ def device_of(model: Program, guide: Program, data: Batch | Tensor) -> torch.dev
     return places[0] if places else data.device
 
 
-def _admitted(plan: Plan, model: Program, guide: Program, args: tuple[Any, ...]) -> Particles:
-    """One pass over a pair that can be judged."""
+def admitted(
+    what: str, plan: Plan, model: Program, guide: Program, args: tuple[Any, ...]
+) -> Particles:
+    """One pass over a pair whose importance weights are defined row by row.
+
+    Raises:
+        ValueError: a latent outside the plate over rows, a subsampled plate inside a row, a posterior
+            that is a point mass; begins with ``what`` was asked for.
+    """
     if not plan.rows or plan.outside:
         raise ValueError(
-            f"evaluate: sites {sorted(plan.outside)} lie outside the plate over rows, so log p of a "
+            f"{what}: sites {sorted(plan.outside)} lie outside the plate over rows, so log p of a "
             "row is not defined; put every site into that plate"
         )
     if plan.subsampled:
         raise ValueError(
-            f"evaluate: plates {list(plan.subsampled)} inside a row are subsampled, and the weight "
+            f"{what}: plates {list(plan.subsampled)} inside a row are subsampled, and the weight "
             "of a part of a row is no bound; use the whole plate"
         )
     table, other = (run(model, guide, args, {}, plan, 1) for _ in range(2))
@@ -315,7 +322,7 @@ def _admitted(plan: Plan, model: Program, guide: Program, args: tuple[Any, ...])
         moves = auxiliary and not torch.equal(table.samples[name], other.samples[name])
         if isinstance(core(site["fn"]), dist.Delta) and not moves:
             raise ValueError(
-                f"evaluate: site {name!r} has a point mass as posterior, whose importance weights "
+                f"{what}: site {name!r} has a point mass as posterior, whose importance weights "
                 "mean nothing; report its own bound"
             )
     return table

@@ -7,7 +7,6 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
-import pyro.distributions as dist
 import torch
 from numpy.typing import NDArray
 from pyro.poutine.messenger import Messenger
@@ -16,11 +15,18 @@ from torch import Tensor
 
 from pyro_vae.batch import Batch, take
 from pyro_vae.evaluation.diagnostics import khat_threshold, pareto_khat, tail_length
-from pyro_vae.evaluation.likelihood import CELLS, check_rows, device_of, entries_per_row, judging
+from pyro_vae.evaluation.likelihood import (
+    CELLS,
+    admitted,
+    check_rows,
+    device_of,
+    entries_per_row,
+    judging,
+)
 from pyro_vae.objectives.particles import Particles, run
 from pyro_vae.objectives.plan import Plan, make_plan
 from pyro_vae.objectives.support import check_data
-from pyro_vae.objectives.tracing import Replay, Site, core, trace, unwrap
+from pyro_vae.objectives.tracing import Replay, Site, trace, unwrap
 from pyro_vae.reporting.convert import SINGLE, container
 
 __all__ = ["GROUPS", "to_arviz"]
@@ -177,28 +183,15 @@ class _Redraw(Messenger):
 
 
 def _admitted(model: Program, guide: Program, args: tuple[Any, ...]) -> Plan:
-    """The plan of a pair whose importance weights are defined row by row."""
+    """The plan of a pair whose draws fit into groups row by row."""
     plan = make_plan(model, guide, args, {})
-    if not plan.rows or plan.outside:
-        raise ValueError(
-            f"to_arviz: sites {sorted(plan.outside)} lie outside the plate over rows; put every site "
-            "into that plate"
-        )
-    first, second = (run(model, guide, args, {}, plan, 1) for _ in range(2))
+    first = admitted("to_arviz", plan, model, guide, args)
     rows = {len(term[0]) for term in first.likelihood.values()}
     if rows != {len(args[0])}:
         raise ValueError(
             f"to_arviz: the model took {sorted(rows)} rows of {len(args[0])}; "
             "make its plate over rows hold all rows of the data it is given"
         )
-    for name, site in first.guide.items():
-        point = isinstance(core(site["fn"]), dist.Delta) and site["infer"].get("observed") is None
-        # autoguides draw an auxiliary site and transform it: such a point is another one each time
-        if point and torch.equal(first.samples[name], second.samples[name]):
-            raise ValueError(
-                f"to_arviz: site {name!r} has a point mass as posterior, which has no importance "
-                "weights"
-            )
     if taken := {*first.model, *first.guide} & set(RESERVED):
         raise ValueError(f"to_arviz: sites {sorted(taken)} have names of dims; rename them")
     return plan

@@ -19,12 +19,11 @@ from tqdm import tqdm
 from pyro_vae.batch import Batch, take
 from pyro_vae.compiled import make_step
 from pyro_vae.evaluation.likelihood import Evaluation, check_rows, evaluate
-from pyro_vae.evaluation.store import own_parameters
 from pyro_vae.objectives.objective import Objective, ObjectiveModule
 from pyro_vae.objectives.particles import run as run_particles
 from pyro_vae.objectives.recipes import elbo
 from pyro_vae.objectives.support import check_data
-from pyro_vae.objectives.swap import owner, preserved
+from pyro_vae.objectives.swap import own_parameters, owner, preserved
 from pyro_vae.training.runs import Folder
 
 __all__ = ["NonFiniteError", "Run", "fit"]
@@ -330,15 +329,14 @@ def _order(rows: int, seed: int, epoch: int) -> Tensor:
 def _materialize(loss: ObjectiveModule, batch: Any) -> list[nn.Parameter]:
     """All parameters of a pair, after one run in which lazy modules and ``pyro.param`` make theirs."""
     model, guide = loss.model, loss.guide
-    with preserved(model, guide), poutine.trace(param_only=True) as traced, torch.no_grad():
-        loss.elbo.plan(model, guide, (batch,), {})
-        loss.elbo.loss(model, guide, batch)
+    with preserved(model, guide), poutine.trace(param_only=True) as traced:
+        total = loss.elbo.differentiable_loss(model, guide, batch)
     nodes: list[Any] = list(traced.trace.nodes.values())
     stored = [node["value"].unconstrained() for node in nodes]
     unique = {id(p): p for p in [*loss.parameters(), *stored] if p.requires_grad}
     if not unique:
         raise ValueError("fit: model and guide have no parameters to train")
-    for leaf in _leaves(loss, batch):
+    for leaf in _leaves(total):
         if id(leaf) not in unique:
             raise ValueError(
                 f"fit: a tensor {list(leaf.shape)} wants a gradient and belongs to no parameter of "
@@ -348,19 +346,18 @@ def _materialize(loss: ObjectiveModule, batch: Any) -> list[nn.Parameter]:
     return list(unique.values())
 
 
-def _leaves(loss: ObjectiveModule, batch: Any) -> list[Tensor]:
-    """The tensors that the loss differentiates to."""
-    with preserved(loss.model, loss.guide), pyro.validation_enabled(False):
-        waiting: list[Any] = [loss.elbo.differentiable_loss(loss.model, loss.guide, batch).grad_fn]
-        seen, leaves = set(waiting), []
-        while waiting:
-            node = waiting.pop()
-            if hasattr(node, "variable"):
-                leaves.append(node.variable)
-            for parent, _ in node.next_functions if node is not None else ():
-                if parent is not None and parent not in seen:
-                    seen.add(parent)
-                    waiting.append(parent)
+def _leaves(total: Tensor) -> list[Tensor]:
+    """The tensors that a loss differentiates to."""
+    waiting: list[Any] = [total.grad_fn]
+    seen, leaves = set(waiting), []
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        for parent, _ in node.next_functions if node is not None else ():
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                waiting.append(parent)
     return leaves
 
 
