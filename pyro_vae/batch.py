@@ -37,6 +37,8 @@ class Batch:
         weights: ``[B]`` row weights, which act outside the bound.
         fill: site -> number that missing entries read as. Default: 0 where the observed data reach
             both sides of it, else the observed median.
+        record: what was done to the data on the way in, in JSON's types. It stays with the rows and
+            goes into the run; ``record["steps"]`` says how log densities in other units follow.
 
     Raises:
         ValueError: sites of different lengths, entries that are not numbers or infinite, a mask of
@@ -47,6 +49,7 @@ class Batch:
     total: int
     index: Tensor
     weights: Tensor | None
+    record: dict[str, Any]
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class Batch:
         index: Tensor | None = None,
         weights: Any = None,
         fill: Mapping[str, float] | None = None,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
         if isinstance(values, Tensor | np.ndarray):
             raise ValueError("Batch: came a bare array, wanted site names: Batch({'x': array})")
@@ -83,6 +87,7 @@ class Batch:
 
         self.size = next(iter(lengths.values()))
         self.total = self.size if total is None else total
+        self.record = dict(record or {})
         self._values: dict[str, Tensor] = {}
         self._observed: dict[str, Tensor] = {}
         self._fill = dict(fill or {})
@@ -137,11 +142,27 @@ class Batch:
             raise KeyError(f"site {site!r} is not in the batch, which has {list(self._values)}")
         return self._values[site]
 
+    def shape(self, site: str) -> tuple[int, ...]:
+        """``[B, *event]``, without making the values."""
+        return tuple(self[site].shape)
+
     def mask(self, site: str) -> Tensor:
         """Bool ``[B, *event]``, True where observed (all True for a complete site)."""
         if site in self._observed:
             return self._observed[site]
         return torch.ones_like(self[site], dtype=torch.bool)
+
+    def epoch(self, seed: int, number: int) -> Batch:
+        """The rows as they are in an epoch of training: themselves, unless drawn anew in each."""
+        return self
+
+    def still(self) -> Batch:
+        """The rows as one fixed draw, to judge by: themselves, unless ``rows`` draws anew."""
+        return self
+
+    def look(self, rows: int = 10_000) -> Batch:
+        """Rows in memory, to look at before training: all of them, unless that is too much."""
+        return self.still()
 
     def rows(self, index: Any) -> Batch:
         """The rows that ``index`` (numbers, slice or bool mask) selects; ``total`` stays N."""
@@ -215,7 +236,7 @@ class Batch:
         new._fill = dict(self._fill)
         new.index = move(self.index)
         new.weights = None if self.weights is None else move(self.weights)
-        new.size, new.total = len(new.index), self.total
+        new.size, new.total, new.record = len(new.index), self.total, self.record
         return new
 
     def __repr__(self) -> str:
@@ -229,6 +250,11 @@ class Batch:
 def take(data: Batch | Tensor, index: Any) -> Any:
     """Rows of a batch or of a bare tensor."""
     return data.rows(index) if isinstance(data, Batch) else data[index]
+
+
+def still(data: Batch | Tensor) -> Any:
+    """One fixed draw of a batch; a bare tensor is one."""
+    return data.still() if isinstance(data, Batch) else data
 
 
 def _flatten(batch: Batch) -> tuple[list[Any], Any]:
@@ -247,6 +273,7 @@ def _unflatten(leaves: Iterable[Any], context: Any) -> Batch:
     new._observed = {site: next(leaf) for site in incomplete}
     new._fill = dict(fill)
     new.size, new.total, new.index, new.weights = size, total, next(leaf), next(leaf, None)
+    new.record = {}  # of no use to a program
     return new
 
 

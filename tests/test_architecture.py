@@ -21,8 +21,9 @@ PROGRAMS = {"models", "guides", "conditionals", "nn"}
 MIDDLE = {"pairs", "reporting", "training"}
 FACE = {*MIDDLE, *EVALUATION, *FAST, *OBJECTIVES, *PROGRAMS, "data"}
 ALLOWED: dict[str, set[str]] = {
-    "": {*FACE, "cli", "sklearn"},
-    "cli": FACE,
+    "": {*FACE, "saved", "cli", "sklearn"},
+    "cli": {*FACE, "saved"},
+    "saved": FACE,
     "sklearn": FACE,
     "pairs": {*EVALUATION, *PROGRAMS},
     "reporting": EVALUATION,
@@ -44,9 +45,9 @@ USUAL = {"torch", "pyro", "numpy"}
 OUTSIDE: dict[str, set[str]] = {
     "nn": {"torch"},
     "cli": {*USUAL, "typer", "tqdm", "arviz", "matplotlib"},
-    "reporting": {*USUAL, "arviz", "matplotlib"},
+    "reporting": {*USUAL, "arviz", "matplotlib", "pandas"},
     "sklearn": {*USUAL, "sklearn"},
-    "data": {*USUAL, "sklearn"},
+    "data": {*USUAL, "pandas", "PIL", "pooch", "pyarrow", "sklearn"},
     "training": {*USUAL, "safetensors", "tqdm"},
 }
 

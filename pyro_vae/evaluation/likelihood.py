@@ -15,10 +15,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_vae.batch import Batch, take
+from pyro_vae.batch import Batch, still, take
 from pyro_vae.evaluation.diagnostics import khat_threshold, pareto_khat, tail_length
 from pyro_vae.evaluation.latent import LatentTable, active_units
 from pyro_vae.evaluation.proposals import Proposal, candidates
+from pyro_vae.evaluation.units import bits_per_dim, entries, is_discretized, log_jacobian
 from pyro_vae.objectives.particles import Particles, run
 from pyro_vae.objectives.plan import Plan, make_plan
 from pyro_vae.objectives.support import check_data
@@ -78,6 +79,9 @@ class Evaluation:
         num_particles: K.
         proposals: what the importance sampling drew from, chosen on other rows.
         seed: of the evaluation.
+        log_jacobian: ``[N]`` to be added to log p and ELBO for the units that the data came in.
+        entries: ``[N]`` number of observed entries.
+        discretized: whether the data are 8-bit images, whose unit is bits/dim.
     """
 
     log_p: Tensor
@@ -91,6 +95,21 @@ class Evaluation:
     proposals: tuple[str, ...]
     seed: int
     notes: tuple[str, ...] = field(default=())
+    log_jacobian: Tensor | None = None
+    entries: Tensor | None = None
+    discretized: bool = False
+
+    def bits_per_dim(self, quantity: str = "log_p") -> tuple[float, float]:
+        """Mean over rows of a bound in bits per observed entry of the data as they came, and its
+        standard error. An upper bound, as the quantity is a lower one; the less, the better.
+
+        Raises:
+            ValueError: a result that was saved without the number of entries.
+        """
+        if self.entries is None or self.log_jacobian is None:
+            raise ValueError("bits_per_dim: the result does not say how many entries a row has")
+        rows = getattr(self, quantity) + self.log_jacobian
+        return mean_and_error(bits_per_dim(rows, self.entries))
 
     def versus(self, other: Evaluation, quantity: str = "log_p") -> Difference:
         """This minus the other, paired by row.
@@ -118,6 +137,12 @@ class Evaluation:
         out["rate_per_dim"] = {site: rate.tolist() for site, rate in self.rate.items()}
         out["active_units"] = {site: int(units.sum()) for site, units in self.active.items()}
         out["latent_dims"] = {site: units.numel() for site, units in self.active.items()}
+        if self.log_jacobian is not None and bool((self.log_jacobian != 0).any()):
+            for name in ("log_p", "elbo"):
+                rows = getattr(self, name) + self.log_jacobian
+                out[f"{name}_raw"], out[f"{name}_raw_se"] = mean_and_error(rows)
+        if self.discretized:
+            out["bits_per_dim"], out["bits_per_dim_se"] = self.bits_per_dim()
         return out | {"proposals": list(self.proposals), "seed": self.seed}
 
     def arrays(self) -> dict[str, Any]:
@@ -125,7 +150,16 @@ class Evaluation:
         out: dict[str, Any] = {name: getattr(self, name).numpy() for name in _ROWS}
         out |= {f"rate/{site}": rate.numpy() for site, rate in self.rate.items()}
         out |= {f"active/{site}": units.numpy() for site, units in self.active.items()}
-        settings = [self.num_particles, self.seed, list(self.proposals), list(self.notes)]
+        for name in ("log_jacobian", "entries"):
+            if getattr(self, name) is not None:
+                out[name] = getattr(self, name).numpy()
+        settings = {
+            "num_particles": self.num_particles,
+            "seed": self.seed,
+            "proposals": self.proposals,
+            "notes": self.notes,
+            "discretized": self.discretized,
+        }
         return out | {"settings": np.array(json.dumps(settings))}
 
     @classmethod
@@ -136,16 +170,11 @@ class Evaluation:
             kind, _, site = name.partition("/")
             if site:
                 sites[kind][site] = torch.from_numpy(np.array(arrays[name]))
-        num_particles, seed, proposals, notes = json.loads(str(arrays["settings"]))
-        rows: dict[str, Any] = {name: torch.from_numpy(np.array(arrays[name])) for name in _ROWS}
-        return cls(
-            **rows,
-            **sites,
-            num_particles=num_particles,
-            proposals=tuple(proposals),
-            seed=seed,
-            notes=tuple(notes),
-        )
+        settings = json.loads(str(arrays["settings"]))
+        settings |= {name: tuple(settings[name]) for name in ("proposals", "notes")}
+        names = [*_ROWS, *({"log_jacobian", "entries"} & set(arrays))]
+        rows: dict[str, Any] = {name: torch.from_numpy(np.array(arrays[name])) for name in names}
+        return cls(**rows, **sites, **settings)
 
     def __str__(self) -> str:
         s = self.summary()
@@ -157,6 +186,11 @@ class Evaluation:
             f"ESS median {s['ess_median']:.1f}, k-hat median {s['khat_median']:.2f}, "
             f"above {s['khat_threshold']:.2f} in {s['khat_bad_share']:.0%} of rows",
         ]
+        if "log_p_raw" in s:
+            raw = f"log p(x) >= {s['log_p_raw']:.3f} ± {s['log_p_raw_se']:.3f} nats"
+            lines.insert(2, f"{raw} in the units that the data came in")
+        if "bits_per_dim" in s:
+            lines.insert(2, f"bits/dim <= {s['bits_per_dim']:.4f} ± {s['bits_per_dim_se']:.4f}")
         for site, rate in s["rate"].items():
             units = (
                 f", active units {s['active_units'][site]} of {s['latent_dims'][site]}"
@@ -204,11 +238,12 @@ def evaluate(
             raise ValueError(f"evaluate: came {name}={number!r}, wanted a whole number >= 1")
     check_rows("evaluate: data", data)
     with judging(model, guide, seed):
-        data = data.to(device_of(model, guide, data))
+        data = still(data).to(device_of(model, guide, data))
         args = (take(data, slice(0, 2)),)
         plan = make_plan(model, guide, args, {})
-        check_data(plan.supports, data)
+        check_data(plan.supports, data.look() if isinstance(data, Batch) else data)
         table = admitted("evaluate", plan, model, guide, args)
+        masses = [s for s, support in plan.supports.items() if support.constraint.is_discrete]
         options = candidates(table.guide, table.model) if widen else (Proposal(),)
         fitting = max(
             1, CELLS // (entries_per_row(data) * min(max(batch_size, PILOT_ROWS), len(data)))
@@ -246,6 +281,9 @@ def evaluate(
             proposals=tuple(dict.fromkeys(map(str, chosen))),
             seed=seed,
             notes=plan.notes,
+            log_jacobian=log_jacobian(data, table.likelihood),
+            entries=entries(data, table.likelihood),
+            discretized=is_discretized(data, table.likelihood, masses),
         )
 
 
@@ -330,8 +368,8 @@ def admitted(
 
 def entries_per_row(data: Batch | Tensor) -> int:
     """Numbers in a row of the data."""
-    tensors = [data[site] for site in data] if isinstance(data, Batch) else [data]
-    return max(1, sum(tensor[0].numel() for tensor in tensors))
+    shapes = [data.shape(site) for site in data] if isinstance(data, Batch) else [data.shape]
+    return max(1, sum(math.prod(shape[1:]) for shape in shapes))
 
 
 def _choose(

@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vae.batch import Batch, take
+from pyro_vae.batch import Batch, still, take
 from pyro_vae.evaluation.diagnostics import khat_threshold, pareto_khat, tail_length
 from pyro_vae.evaluation.likelihood import (
     CELLS,
@@ -110,9 +110,9 @@ def to_arviz(
         raise ValueError(f"to_arviz: came groups {sorted(unknown)}, wanted some of {list(GROUPS)}")
     check_rows("to_arviz: data", data)
     with judging(model, guide, seed):
-        data = data.to(device_of(model, guide, data))
+        data = still(data).to(device_of(model, guide, data))
         plan = _admitted(model, guide, (take(data, slice(0, 2)),))
-        check_data(plan.supports, data)
+        check_data(plan.supports, data.look() if isinstance(data, Batch) else data)
         chunk = chunk or max(1, CELLS // (entries_per_row(data) * min(batch_size, len(data))))
         arrays = _Arrays(num_draws, len(data), groups)
         for start in range(0, len(data), batch_size):

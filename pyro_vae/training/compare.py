@@ -297,7 +297,8 @@ def _described(value: Any) -> Any:
     its place in memory alone is never the same again."""
     if isinstance(value, Batch):
         sites = [[site, value[site], value.mask(site)] for site in value]
-        return _described([repr(value), sites, value.index, value.weights])
+        rest = [value.index, value.weights, value.record]
+        return _described([repr(value), sites, *rest])
     if isinstance(value, nn.Module):
         return _described([repr(value), value.state_dict()])
     if isinstance(value, Tensor):

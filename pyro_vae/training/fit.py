@@ -16,7 +16,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae.batch import Batch, take
+from pyro_vae.batch import Batch, still, take
 from pyro_vae.compiled import make_step
 from pyro_vae.evaluation.likelihood import Evaluation, check_rows, evaluate
 from pyro_vae.objectives.objective import Objective, ObjectiveModule
@@ -146,7 +146,7 @@ def fit(
         folder.claim()
 
     data = data.to(place)
-    valid = None if valid is None else valid.to(place)
+    valid = None if valid is None else still(valid).to(place)
     loss = objective(model, guide).to(place)
     loss.train()
     config = {
@@ -157,6 +157,8 @@ def fit(
         "objective": repr(objective),
         "device": str(place),
     }
+    if isinstance(data, Batch):
+        config["data"] = data.record
     run = Run(model, guide, objective, config=config)
     bar = tqdm(total=length, unit="step", disable=None if progress is None else not progress)
     with bar, own_parameters(model, guide), torch.random.fork_rng():
@@ -164,7 +166,7 @@ def fit(
         first = take(data, slice(0, batch_size))
         plan = objective.plan(model, guide, (first,), {})
         for rows in (data, valid):
-            check_data(plan.supports, rows)
+            check_data(plan.supports, rows.look() if isinstance(rows, Batch) else rows)
         run.notes = plan.notes
         parameters = _materialize(loss, first)
         optim = _optimizer(optimizer, parameters)
@@ -184,11 +186,12 @@ def fit(
         next_save = 0.0
         while (state.step < length or state.rows) and not run.stopped:
             epoch, offset = divmod(state.step, per_epoch)
+            now = _epoch(data, seed, epoch)
             order = _order(len(data), seed, epoch).to(place).split(batch_size)
             for rows in order[offset : offset + length - state.step]:
                 try:
                     with pyro.validation_enabled(False):
-                        state.total = state.total + step(take(data, rows)) * len(rows)
+                        state.total = state.total + step(take(now, rows)) * len(rows)
                 except (RuntimeError, ValueError):  # NaN in a parameter is an error to some draws
                     if state.healthy(state.total):
                         raise
@@ -318,6 +321,10 @@ def _scheduler(make: Any, optim: torch.optim.Optimizer) -> Any:
     if isinstance(schedule, schedulers.ReduceLROnPlateau):
         raise ValueError("scheduler: ReduceLROnPlateau waits for a metric, and none is given it")
     return schedule
+
+
+def _epoch(data: Batch | Tensor, seed: int, number: int) -> Batch | Tensor:
+    return data.epoch(seed, number) if isinstance(data, Batch) else data
 
 
 def _order(rows: int, seed: int, epoch: int) -> Tensor:
@@ -504,8 +511,9 @@ def _replay(
     state.restore(good)
     before, place = good, state.loss.step.device
     epoch, offset = divmod(state.step, math.ceil(len(data) / batch_size))
+    now = _epoch(data, seed, epoch)
     for rows in _order(len(data), seed, epoch).to(place).split(batch_size)[offset:]:
-        batch = take(data, rows)
+        batch = take(now, rows)
         with pyro.validation_enabled(False):
             healthy = state.healthy(step(batch))
         if not healthy:
