@@ -847,3 +847,18 @@ def test_shape_of_what_is_learned_says_what_shares_one(shape):
         fn = conditional(torch.randn(7, 2))
         assert fn.event_shape == (3, 4, 2)
         assert fn.log_prob(fn.sample()).shape == (7,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_continuous_bernoulli_integrates_to_one_at_any_logit(dtype):
+    logits = torch.tensor([0.0, 1e-6, -1e-3, 0.05, -0.0999, 0.1001, 2.0, -14.0, 40.0, 300.0])
+    fn = ContinuousBernoulli(nn.Identity(), (1,))(logits.to(dtype).unsqueeze(-1))
+    at_zero = fn.log_prob(torch.zeros(len(logits), 1, dtype=dtype)).double()
+    # p(x) = e^(l x) / Z with Z = (e^l - 1) / l, so that log p(0) = -log Z
+    l64 = logits.double()
+    log_integral = torch.where(
+        l64.abs() < 1e-4, l64 / 2, (torch.expm1(-l64.abs()) / -l64.abs()).log() + l64.clamp(min=0)
+    )
+    error = (at_zero + log_integral).abs()
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    assert float((error / (1 + log_integral.abs())).max()) < tolerance

@@ -53,11 +53,24 @@ class Bernoulli(nn.Module):
         return independent(_Bernoulli(logits=logits), len(self.event_shape))
 
 
+class _ContinuousBernoulli(dist.ContinuousBernoulli):
+    """Torch's, whose normaliser comes from probabilities and has no digits left at large logits."""
+
+    def _cont_bern_log_norm(self) -> Tensor:
+        """log of l / tanh(l / 2) for logits l, by its series near 0."""
+        size = self.logits.abs()
+        small = size < 0.1
+        away = torch.where(small, 1.0, size)  # its gradient at 0 would be NaN
+        square = size.square()
+        near = math.log(2.0) + square * (1 / 12 - square * (7 / 1440 - square * 31 / 90720))
+        return torch.where(small, near, (away / (away / 2).tanh()).log())
+
+
 class ContinuousBernoulli(nn.Module):
     """Values in [0, 1] (Loaiza-Ganem and Cunningham 2019, arXiv:1907.06845).
 
     The density is not bounded at 0 and 1: pixels that are always black or white raise it without
-    limit, as the logarithm of the logit. In float32, torch caps its normaliser at logits of 16.
+    limit, as the logarithm of the logit.
 
     Args:
         net: ``parents -> logits [..., *event]``.
@@ -83,7 +96,7 @@ class ContinuousBernoulli(nn.Module):
     def forward(self, *parents: Tensor) -> TorchDistribution:
         """ContinuousBernoulli with event ``[*event]``."""
         logits = outputs(self, self.net, parents, *self.event_shape)
-        return independent(dist.ContinuousBernoulli(logits=logits), len(self.event_shape))
+        return independent(_ContinuousBernoulli(logits=logits), len(self.event_shape))
 
 
 class Binomial(nn.Module):
@@ -183,15 +196,15 @@ class Categorical(nn.Module):
 
 
 class NegativeBinomial(nn.Module):
-    r"""Counts 0, 1, ... without end, more variable than Poisson's.
+    """Counts 0, 1, ... without end, more variable than Poisson's.
 
     The negative binomial by its mean m(y) and its dispersion d, a Poisson whose rate is drawn from
     a gamma: the usual likelihood of sequencing counts (Lopez et al. 2018, scVI, where 1 / d is
     called theta).
 
-    .. math:: \text{Var}(x | y) = m(y) + d \, m(y)^2, \quad
-        m(y) = \text{unit} \cdot (\text{floor} + \text{softplus}(h(y))), \quad
-        d = \text{dispersion} \cdot (\text{floor} + \text{softplus}(r))
+        Var(x | y) = m(y) + d m(y)²
+        m(y) = unit · (floor + softplus(h(y)))
+        d = dispersion · (floor + softplus(r))
 
     Softplus is linear to the right, where exp would overflow, and exponential to the left. r is a
     plain parameter that does not depend on the parents y. Poisson is the limit of small d.
@@ -308,16 +321,14 @@ class _Binomial(dist.Binomial):
 
 
 class _NegativeBinomial(dist.GammaPoisson):
-    r"""Pyro's GammaPoisson, accurate in float32 however large counts and concentration are.
+    """Pyro's GammaPoisson, accurate in float32 however large counts and concentration are.
 
     With c the concentration, m the mean, l and h the lower and the higher of m and x,
 
-    .. math:: \log p(x) = \text{sign}(x - m) \left[ c \log\left(1 + \frac{h - l}{c + l}\right)
-        - x \log\left(1 + \frac{c \, (h - l)}{l \, (c + h)}\right) \right]
-        - \tfrac12 \log\left(1 + \frac{x}{c}\right) + \delta(c + x) - \delta(c)
-        - \log \frac{x! \, e^x}{x^x}
+        log p(x) = sign(x - m) [c log(1 + (h - l) / (c + l)) - x log(1 + c (h - l) / (l (c + h)))]
+                   - 1/2 log(1 + x/c) + δ(c + x) - δ(c) - log(x! exp(x) / x^x)
 
-    where delta is what Stirling's formula leaves of log gamma; the second term is 0 at x = 0. In
+    where δ is what Stirling's formula leaves of log gamma; the second term is 0 at x = 0. In
     this form, after Loader (2000), nothing large cancels. What does not depend on the mean is
     computed in the shape of c and the values, once and not in every particle.
     """

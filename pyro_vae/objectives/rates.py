@@ -106,7 +106,8 @@ class Beta(Rate):
     def _at(self, site: str, particles: Particles, step: Tensor) -> float | Tensor:
         if not isinstance(self.beta, dict):
             return schedules.value(self.beta, step)
-        if unknown := set(self.beta) - {*particles.posterior, *particles.model}:
+        latents = {*particles.posterior, *particles.prior, *particles.guide}
+        if unknown := set(self.beta) - latents:
             raise ValueError(
                 f"Beta: came sites {sorted(unknown)}, the guide's latents are "
                 f"{sorted(particles.posterior)}"
