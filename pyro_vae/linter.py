@@ -23,7 +23,7 @@ from pyro_vae.batch import Batch, Condition
 from pyro_vae.objectives.objective import Objective
 from pyro_vae.objectives.plan import Plan, Problem, broadcasts, make_plan, problems
 from pyro_vae.objectives.support import inside, kind, outside
-from pyro_vae.objectives.swap import owner, preserved
+from pyro_vae.objectives.swap import own_parameters, owner, preserved
 from pyro_vae.objectives.tracing import (
     Program,
     Replay,
@@ -100,6 +100,7 @@ def check(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Report:
 
     Never raises for what it finds: see ``Report.ok`` and ``Report.raise_if_errors()``.
     """
+    args = tuple(arg.look() if isinstance(arg, Batch) else arg for arg in args)
     with _untouched(model, guide), torch.no_grad():
         found = list(_findings(model, guide, args, kwargs))
     return Report(tuple(sorted(found, key=lambda finding: _SEVERITIES.index(finding.severity))))
@@ -115,6 +116,7 @@ def _untouched(model: Program, guide: Program) -> Iterator[None]:
         with (
             preserved(model, guide),
             store.scope(store.get_state()),
+            own_parameters(model, guide),
             poutine.block(),
             pyro.validation_enabled(False),
             warnings.catch_warnings(),
@@ -808,7 +810,8 @@ def _gradients(
         scores = plan.unreparameterized or plan.drawn_parents
         objective = Objective(estimator="score" if scores else "pathwise")
         try:
-            loss = objective.differentiable_loss(model, guide, *args, **kwargs)
+            with poutine.trace(param_only=True) as traced:
+                loss = objective.differentiable_loss(model, guide, *args, **kwargs)
         except Exception as error:
             yield _failure(_Failed("elbo", error))
             return
@@ -817,8 +820,10 @@ def _gradients(
             if (module := owner(program)) is not None:
                 for name, parameter in module.named_parameters():
                     named.setdefault(id(parameter), (f"{source}.{name}", parameter))
-        for name, unconstrained in pyro.get_param_store()._params.items():
-            named.setdefault(id(unconstrained), (name, unconstrained))
+        nodes: list[Any] = list(traced.trace.nodes.values())
+        for node in nodes:  # made by pyro.param; the store holds those of other programs too
+            unconstrained = node["value"].unconstrained()
+            named.setdefault(id(unconstrained), (node["name"], unconstrained))
         pairs = [pair for pair in named.values() if pair[1].requires_grad]
         gradients: Iterable[Tensor | None] = [None] * len(pairs)
         if loss.requires_grad:

@@ -7,12 +7,16 @@ nothing: whatever it read off the data is in the modules' ``state_dict``.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from pyro_vae import conditionals
+from pyro_vae import nn as networks
 from pyro_vae.batch import Batch
 from pyro_vae.conditionals.discrete import (
     Bernoulli,
@@ -30,7 +34,7 @@ from pyro_vae.models.latent import LatentVariableModel
 from pyro_vae.nn.affine import Affine, OneHot
 from pyro_vae.nn.mlp import dense
 
-__all__ = ["inputs_for", "likelihood_for", "update_sigma", "vae"]
+__all__ = ["inputs_for", "likelihood_for", "part", "rebuilt", "update_sigma", "vae"]
 
 BUILDERS = ("vae",)  # what builds a pair, of all that is here
 
@@ -55,6 +59,72 @@ class Architecture(Protocol):
     ) -> nn.Module: ...
 
 
+Build = TypeVar("Build", bound=Callable[..., Any])
+
+
+def _ready(build: Build) -> Build:
+    """Let the model say in ``built_by`` how it was built, if that can be said without code."""
+
+    @functools.wraps(build)
+    def built(*args: Any, **options: Any) -> tuple[Any, Any]:
+        model, guide = build(*args, **options)
+        given = inspect.signature(build).bind(*args, **options).arguments
+        try:
+            said = {name: _spelled(value) for name, value in list(given.items())[1:]}
+        except ValueError:
+            return model, guide
+        model.built_by = {"pair": build.__name__, "options": said}
+        return model, guide
+
+    return cast(Build, built)
+
+
+def rebuilt(built_by: dict[str, Any], batch: Batch) -> tuple[Any, Any]:
+    """The pair that a ready builder built, by what its model says in ``built_by``, untrained.
+
+    Raises:
+        ValueError: what no ready builder said.
+    """
+    name, options = built_by.get("pair"), built_by.get("options")
+    if name not in BUILDERS or not isinstance(options, dict):
+        raise ValueError(f"came pair {name!r} of {options!r}, wanted one of {list(BUILDERS)}")
+    meant = {option: _meant(value) for option, value in options.items()}
+    return globals()[name](batch, **meant)  # type: ignore[no-any-return]
+
+
+def part(word: str) -> Any:
+    """What a word names: a conditional, a network, a class of torch.nn; None if nothing."""
+    for place in (conditionals, networks):
+        if word in place.__all__:
+            return getattr(place, word)
+    found = getattr(nn, word, None)
+    return found if isinstance(found, type) else None
+
+
+def _spelled(value: Any) -> Any:
+    """A builder's argument in JSON's types, a part by its name."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_spelled(item) for item in value]
+    name = getattr(value, "__name__", "")
+    if not name or part(name) is not value:
+        raise ValueError(f"{value!r} has no name")
+    return {"part": name}
+
+
+def _meant(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_meant(item) for item in value]
+    if isinstance(value, dict):
+        found = part(str(value.get("part")))
+        if found is None:
+            raise ValueError(f"came part {value.get('part')!r}, which nothing here is called")
+        return found
+    return value
+
+
+@_ready
 def vae(
     batch: Batch,
     latent: int = 8,
@@ -90,6 +160,7 @@ def vae(
         ValueError: the site is missing or has no observed entry, the likelihood does not take its
             values, sizes that are not whole numbers above 0, parts that build nothing.
     """
+    batch = batch.look() if isinstance(batch, Batch) else batch
     data = _observed(batch, site)
     event_shape = data.shape[1:]
     hidden = tuple(hidden) if isinstance(hidden, Sequence) else (hidden,)
@@ -141,7 +212,7 @@ def update_sigma(
 
     @torch.no_grad()
     def callback(run: Run, record: dict[str, float]) -> None:
-        likelihood, batch = run.model.likelihood, data.to(run.config["device"])
+        likelihood, batch = run.model.likelihood, data.look().to(run.config["device"])
         if not isinstance(likelihood, OptimalSigma):
             raise ValueError(
                 f"update_sigma: came a {type(likelihood).__name__} likelihood, wanted OptimalSigma"
@@ -155,18 +226,17 @@ def update_sigma(
 def likelihood_for(batch: Batch, site: str = "x") -> type[nn.Module]:
     """The likelihood class for the observed values of a site.
 
-    =============================================================  =====================
-    values                                                         class
-    =============================================================  =====================
-    0 or 1                                                         Bernoulli
-    whole numbers below 16, in ``int64`` numbers or vectors         Categorical
-    whole numbers from 0 to 255, of any other type or shape        Binomial
-    whole numbers from 0 on, some of them above 255                NegativeBinomial
-    within [0, 1]                                                  ContinuousBernoulli
-    any other                                                      Gaussian
-    =============================================================  =====================
+    | values                                                   | class               |
+    | -------------------------------------------------------- | ------------------- |
+    | 0 or 1                                                   | Bernoulli           |
+    | whole numbers below 16, in ``int64`` numbers or vectors  | Categorical         |
+    | whole numbers from 0 to 255, of any other type or shape  | Binomial            |
+    | whole numbers from 0 on, some of them above 255          | NegativeBinomial    |
+    | within [0, 1]                                            | ContinuousBernoulli |
+    | any other                                                | Gaussian            |
     """
     data = _observed(batch, site)
+    batch = batch.look()
     labels = batch[site].dtype == torch.int64 and data.dim() <= 2
     labels = labels and Categorical.takes(data) and bool(data.nan_to_num().max() < FEW_CLASSES)
     if labels and not Bernoulli.takes(data):
@@ -236,6 +306,7 @@ def _observed(batch: Batch, site: str) -> Tensor:
         raise ValueError(
             f"site {site!r} is not in the batch, which has {list(batch.sites)}; say which by site="
         )
+    batch = batch.look()
     data = batch[site].to(torch.get_default_dtype())
     if site in batch.incomplete:
         data = data.masked_fill(~batch.mask(site), torch.nan)

@@ -14,30 +14,32 @@ ROOT = Path(__file__).parents[1]
 # Parts of the library that each part may import, besides itself. "" is the public face,
 # pyro_vae/__init__.py, which re-exports from everywhere and which nobody inside imports.
 BATCH = {"batch"}
+FILES = {"files"}
 OBJECTIVES = {"objectives", *BATCH}
 FAST = {"compiled", "linter"}
 EVALUATION = {"evaluation", *FAST, *OBJECTIVES}
 PROGRAMS = {"models", "guides", "conditionals", "nn"}
 MIDDLE = {"pairs", "reporting", "training"}
-FACE = {*MIDDLE, *EVALUATION, *FAST, *OBJECTIVES, *PROGRAMS, "data"}
+FACE = {*MIDDLE, *EVALUATION, *FAST, *OBJECTIVES, *PROGRAMS, *FILES, "data"}
 ALLOWED: dict[str, set[str]] = {
     "": {*FACE, "saved", "cli", "sklearn"},
     "cli": {*FACE, "saved"},
     "saved": FACE,
     "sklearn": FACE,
     "pairs": {*EVALUATION, *PROGRAMS},
-    "reporting": EVALUATION,
-    "training": EVALUATION,
+    "reporting": {*EVALUATION, *FILES},
+    "training": {*EVALUATION, *FILES},
     "evaluation": {*FAST, *OBJECTIVES},
     "compiled": OBJECTIVES,
     "linter": OBJECTIVES,
     "objectives": BATCH,
-    "data": BATCH,
+    "data": {*BATCH, *FILES},
     "models": {"conditionals", "nn", *BATCH},
     "guides": {"conditionals", "nn", *BATCH},
     "conditionals": {"nn"},
     "nn": set(),
     "batch": set(),
+    "files": set(),
 }
 
 # Packages from elsewhere, besides the standard library.

@@ -25,19 +25,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vae.batch import Batch
 from pyro_vae.evaluation import evaluate
-from pyro_vae.nn import mlp
+from pyro_vae.nn import leading, mlp
 from pyro_vae.objectives import Objective, beta_vae, elbo, iwae
 from pyro_vae.objectives.schedules import linear
 from pyro_vae.training import fit as fit_module
-from pyro_vae.training.fit import NonFiniteError, Run
+from pyro_vae.training import runs
+from pyro_vae.training.epochs import order
+from pyro_vae.training.fit import Run
 from pyro_vae.training.runs import Folder
-from tests.exact_pairs import (
-    BatchGuide,
-    DiscreteModel,
-    ExactGuide,
-    LinearBatchModel,
-    OptimalGuide,
-)
+from tests.exact_pairs import BatchGuide, ExactGuide, LinearBatchModel, OptimalGuide
 from tests.small_pairs import (
     X_DIM,
     Z_DIM,
@@ -48,30 +44,7 @@ from tests.small_pairs import (
     batch_norm,
     data,
 )
-
-SGD: Any = partial(torch.optim.SGD, lr=0.05)
-ADAM: Any = partial(torch.optim.Adam, lr=0.05)
-STAND_STILL: Any = partial(torch.optim.SGD, lr=0.0)
-
-
-def fit(*args: Any, **options: Any) -> Run:
-    return fit_module.fit(*args, **{"progress": False, **options})
-
-
-def parameters(*modules: Any) -> list[Tensor]:
-    """Copies of parameters and buffers."""
-    tensors = [t for module in modules for t in module.state_dict().values()]
-    return [t.detach().clone() for t in tensors]
-
-
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(map(torch.equal, a, b))
-
-
-def plain(history: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Without the time it took."""
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in history]
-
+from tests.trainings import ADAM, SGD, STAND_STILL, fit, parameters, plain, same
 
 # ---------------------------------------------------------------------------------------------
 # What is optimised
@@ -221,6 +194,141 @@ def test_an_objective_warms_up_over_the_steps():
     assert warm[0] == pytest.approx(none[0])
     assert warm[10:] == pytest.approx(full[10:])
     assert warm[5] == pytest.approx((none[5] + full[5]) / 2)
+
+
+class Marginal(LinearModel):
+    """x from its marginal: a loss and a gradient that no draw enters."""
+
+    def forward(self, x: Tensor) -> None:
+        w, noise = self.net.weight, torch.eye(X_DIM) * (2 * self.log_scale).exp()
+        with pyro.plate("data", len(x)):
+            fn = dist.MultivariateNormal(self.net.bias, w @ w.T + noise)
+            pyro.sample("x", fn, obs=x)
+
+
+def no_guide(x: Tensor) -> None:
+    pass
+
+
+@pytest.mark.parametrize("rows", [12, 11, 7], ids=["even", "odd batch", "odd step"])
+def test_accumulated_batches_are_one_large_batch(rows: int):
+    """Also the last ones of an epoch, which are fewer or shorter; steps, schedule and losses too."""
+    found = []
+    for sizes in ({"batch_size": 2, "accumulate": 3}, {"batch_size": 6}):
+        torch.manual_seed(0)
+        model = Marginal()
+        run = fit(
+            *(model, no_guide, data(rows)),
+            epochs=3,
+            optimizer=SGD,
+            scheduler=partial(lr_scheduler.StepLR, step_size=2, gamma=0.5),
+            clip=0.5,
+            **sizes,
+        )
+        found.append((plain(run.history), parameters(model)))
+    (history, trained), (wanted, large) = found
+    for record, other in zip(history, wanted, strict=True):
+        assert record == pytest.approx(other, rel=1e-10)
+    assert [record["step"] for record in history] == [2, 4, 6]
+    for a, b in zip(trained, large, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_what_looks_across_rows_sees_a_batch():
+    """BatchNorm's running statistics move once a batch."""
+    x, momentum = data(8), 0.1
+    guide = Guide(nn.Sequential(leading(nn.BatchNorm1d(X_DIM), 1), nn.Linear(X_DIM, 2 * Z_DIM)))
+    options: dict[str, Any] = {"steps": 1, "batch_size": 4, "accumulate": 2, "seed": 3}
+    fit(LinearModel(), guide, x, optimizer=STAND_STILL, **options)
+    wanted = torch.zeros(X_DIM)
+    for part in order(8, 3, 0).split(4):
+        wanted = (1 - momentum) * wanted + momentum * x[part].mean(0)
+    torch.testing.assert_close(dict(guide.named_buffers())["net.0.net.running_mean"], wanted)
+
+
+@pytest.mark.parametrize("ema", [0.3, 0.9])
+@pytest.mark.parametrize("half_stored", [False, True], ids=["modules", "half in the store"])
+def test_an_average_by_hand_over_five_steps(half_stored: bool, ema: float):
+    def pair() -> tuple[Any, Any]:
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        return (HalfStored() if half_stored else LinearModel()), Guide()
+
+    def trained(steps: int, **options: Any) -> list[Tensor]:
+        model, guide = pair()
+        if steps:
+            fit(model, guide, data(8), steps=steps, batch_size=4, optimizer=SGD, **options)
+        stored = [t.detach().clone() for t in pyro.get_param_store().values()]
+        stored = stored or [torch.zeros(X_DIM)] * half_stored  # before the first step
+        return [*parameters(model, guide), *stored]
+
+    wanted = trained(0)
+    for step in range(1, 6):
+        decay, here = min(ema, (1 + step) / (10 + step)), trained(step)
+        wanted = [decay * a + (1 - decay) * p for a, p in zip(wanted, here, strict=True)]
+    for came, by_hand in zip(trained(5, ema=ema), wanted, strict=True):
+        torch.testing.assert_close(came, by_hand, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("case", ["kept at the end", "best"])
+def test_the_average_is_what_is_judged_and_kept(case: str):
+    """By the monitor, by callbacks, and afterwards; training goes on from what it was."""
+    x, valid = data(8), data(5, seed=1)
+    model, guide, seen = LinearModel(), Guide(batch_norm()), []
+    options: dict[str, Any] = {"batch_size": 4, "optimizer": ADAM, "ema": 0.9, "epochs": 6}
+    start = copy.deepcopy([model.state_dict(), guide.state_dict()])
+    if case == "best":
+        options["valid"] = valid
+    run = fit(
+        *(model, guide, x),
+        callbacks=[lambda run, record: seen.append(parameters(model, guide))],
+        **options,
+    )
+    assert same(parameters(model, guide), seen[run.best["epoch"] - 1])
+    losses = [record["loss"] for record in run.history]
+    model.load_state_dict(start[0])
+    guide.load_state_dict(start[1])
+    plainly = fit(model, guide, x, **{**options, "ema": None, "valid": None})
+    assert [record["loss"] for record in plainly.history] == losses
+    assert not same(parameters(model, guide), seen[-1])
+    if case == "best":
+        torch.manual_seed(1)
+        judged = elbo(8, estimator="score")
+        model, guide = LinearModel(), Guide(batch_norm())
+        best = seen[run.best["epoch"] - 1]
+        states = [model.state_dict(), guide.state_dict()]
+        names = [(state, name) for state in states for name in state]
+        for (state, name), value in zip(names, best, strict=True):
+            state[name].copy_(value)
+        guide.eval()
+        torch.manual_seed(0)
+        assert float(judged.rows(model, guide, valid).mean()) == pytest.approx(run.best["valid"])
+
+
+def test_bf16_trains_to_the_same_optimum():
+    torch.set_default_dtype(torch.float32)
+    x, ends = data(200), {}
+    for precision in ("full", "bf16"):
+        torch.manual_seed(0)
+        model, guide = LinearModel(), Guide(mlp((X_DIM, 16, 2 * Z_DIM), nn.Tanh))
+        options: dict[str, Any] = {"epochs": 20, "batch_size": 20, "valid": x}
+        run = fit(model, guide, x, optimizer=ADAM, precision=precision, **options)
+        ends[precision] = run.best["valid"]
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert ends["bf16"] == pytest.approx(ends["full"], abs=0.03)
+    assert ends["bf16"] != ends["full"]
+
+
+def test_what_is_judged_is_not_in_bf16():
+    torch.set_default_dtype(torch.float32)
+    found = []
+    for precision in ("full", "bf16"):
+        torch.manual_seed(0)
+        pair, options = (LinearModel(), Guide()), {"valid": data(9), "optimizer": STAND_STILL}
+        run = fit(*pair, data(8), epochs=1, precision=precision, **options)
+        found.append(run.history[-1])
+    assert found[0]["valid"] == found[1]["valid"]
+    assert found[0]["loss"] != found[1]["loss"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -545,6 +653,25 @@ RESUMED: dict[str, tuple[Callable[[], tuple[Any, Any]], dict[str, Any]]] = {
         {"objective": iwae(4, estimator="dreg", chunk=2)},
     ),
     "half in the store": (lambda: (HalfStored(), Guide()), {"optimizer": ADAM}),
+    "average": (lambda: (LinearModel(), Guide(batch_norm())), {"optimizer": ADAM, "ema": 0.9}),
+    "average, held-out rows": (
+        lambda: (HalfStored(), Guide()),
+        {"optimizer": ADAM, "ema": 0.5, "valid": VALID},
+    ),
+    "accumulated": (dropout_pair, {"optimizer": ADAM, "batch_size": 1, "accumulate": 3}),
+    "everything": (
+        dropout_pair,
+        {
+            "optimizer": partial(torch.optim.AdamW, lr=0.05),
+            "scheduler": partial(lr_scheduler.StepLR, step_size=4),
+            "objective": beta_vae(linear(9)),
+            "batch_size": 1,
+            "accumulate": 3,
+            "ema": 0.7,
+            "clip": 1.0,
+            "valid": VALID,
+        },
+    ),
 }
 
 
@@ -569,7 +696,7 @@ def assert_equal_runs(a: tuple[Any, Any, Any], b: tuple[Any, Any, Any]) -> None:
 @pytest.mark.parametrize("kind", RESUMED)
 def test_a_resumed_run_is_one_that_never_stopped(kind: str, stop: int, tmp_path: Path):
     """Bit by bit, from a pair that starts elsewhere: three steps an epoch, of which the last is odd."""
-    options = {"data": data(8), "batch_size": 3, "seed": 3, **RESUMED[kind][1]}
+    options: dict[str, Any] = {"data": data(8), "batch_size": 3, "seed": 3, **RESUMED[kind][1]}
     whole = result(fit(*fresh(kind), steps=14, **options))
     fit(*fresh(kind), steps=stop, out=tmp_path, **options)
     torch.manual_seed(99)
@@ -579,13 +706,74 @@ def test_a_resumed_run_is_one_that_never_stopped(kind: str, stop: int, tmp_path:
     assert_equal_runs(result(again), whole)  # there was nothing left to do
 
 
+@pytest.mark.parametrize("stop", [6, 8], ids=["after an epoch", "within an epoch"])
+def test_a_resumed_run_in_bf16(stop: int, tmp_path: Path):
+    torch.set_default_dtype(torch.float32)
+    options: dict[str, Any] = {"data": data(8), "batch_size": 3, "precision": "bf16", "ema": 0.9}
+    whole = result(fit(*fresh("dropout"), steps=14, **options))
+    fit(*fresh("dropout"), steps=stop, out=tmp_path, **options)
+    second = fit(*fresh("dropout", seed=1), steps=14, out=tmp_path, resume=True, **options)
+    assert_equal_runs(result(second), whole)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 7, 8, 10])
+def test_early_stopping_of_an_average_goes_on(stop: int, tmp_path: Path):
+    """By real numbers: the same epoch is the best, and the same one the last."""
+    options: dict[str, Any] = {"data": data(8), "valid": VALID, "batch_size": 3, "ema": 0.6}
+    options |= {"patience": 2, "optimizer": ADAM}
+    whole = fit(*fresh("plain"), epochs=200, **options)
+    assert whole.stopped == "patience"
+    assert whole.history[-1]["step"] > 10
+    wanted = result(whole)
+    fit(*fresh("plain"), steps=stop, out=tmp_path, **options)
+    second = fit(*fresh("plain", seed=1), epochs=200, out=tmp_path, resume=True, **options)
+    assert_equal_runs(result(second), wanted)
+    assert second.stopped == "patience"
+
+
+@pytest.mark.parametrize("stop", [10, 12], ids=["after an epoch", "within an epoch"])
+def test_a_length_that_is_behind_already(stop: int, tmp_path: Path):
+    """Nothing is left to do: the run stays what it is."""
+    options: dict[str, Any] = {"data": data(20), "batch_size": 2, "out": tmp_path}
+    first = result(fit(*fresh("plain"), steps=stop, **options))
+    again = fit(*fresh("plain", seed=1), steps=5, resume=True, **options)
+    assert_equal_runs(result(again), first)
+
+
+def test_a_long_epoch_is_saved_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fit_module, "CHECK_EVERY", 4)
+    monkeypatch.setattr(runs, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(runs, "SAVE_SHARE", math.inf)
+    options: dict[str, Any] = {"data": data(30), "batch_size": 3, "epochs": 3, "optimizer": ADAM}
+    whole = result(fit(*fresh("plain"), **options))
+
+    class Cut(LinearModel):
+        def forward(self, x: Tensor) -> None:
+            super().forward(x)
+            if saved_step(tmp_path) == 16 and torch.is_grad_enabled():
+                raise KeyboardInterrupt
+
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Cut(), Guide(), out=tmp_path, **options)
+    resumed = fit(*fresh("plain", seed=1), out=tmp_path, resume=True, **options)
+    assert_equal_runs(result(resumed), whole)
+
+
+def saved_step(out: Path) -> int:
+    there = (out / "state.safetensors").exists()
+    return Folder(out).state()["step"] if there else 0  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("save_every", [0.0, 1e9], ids=["every epoch", "first epoch"])
 def test_a_run_that_was_cut_off(
     save_every: float, error: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Wherever its state was saved last."""
-    monkeypatch.setattr(fit_module, "SAVE_EVERY", save_every)
+    monkeypatch.setattr(runs, "SAVE_EVERY", save_every)
+    monkeypatch.setattr(runs, "SAVE_SHARE", math.inf)
     options: dict[str, Any] = {"data": data(8), "batch_size": 3, "epochs": 5, "optimizer": ADAM}
     whole = result(fit(*fresh("plain"), **options))
 
@@ -623,6 +811,8 @@ OTHERS: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"scheduler": partial(lr_scheduler.StepLR, step_size=2)},
         "scheduler StepLR, the run has NoneType",
     ),
+    "accumulate": (None, {"accumulate": 2}, "accumulate 2, the run has 1"),
+    "average": (None, {"ema": 0.9}, r"ema 0\.9, the run has None"),
     "shape": (lambda: (LinearModel(3), Guide(nn.Linear(X_DIM, 6))), {}, "not of this pair"),
     "modules": (lambda: (LinearModel(), PyroParamGuide()), {}, "not of this pair"),
 }
@@ -636,211 +826,6 @@ def test_a_run_of_another_kind_is_not_resumed(case: str, tmp_path: Path):
     pair = make() if make else fresh("plain")
     with pytest.raises(ValueError, match=message):
         fit(*pair, **{**options, **changes, "resume": True})
-
-
-# ---------------------------------------------------------------------------------------------
-# NaN and inf
-
-
-def assert_stops(
-    pair: tuple[Any, Any], rows: Any, message: str, step: int, **options: Any
-) -> NonFiniteError:
-    """Training stops, and the pair is where the steps before had brought it."""
-    torch.manual_seed(0)
-    start = copy.deepcopy([part.state_dict() for part in pair])
-    with pytest.raises(NonFiniteError, match=message) as caught:
-        fit(*pair, rows, **options)
-    assert f"step {step}:" in str(caught.value)
-    left = parameters(*pair)
-    assert all(bool(torch.isfinite(t).all()) for t in left)
-    assert caught.value.run.stopped == "non-finite"
-    assert caught.value.run.model is pair[0]
-    for part, state in zip(pair, start, strict=True):
-        part.load_state_dict(state)
-    if step > 1:
-        length = {k: v for k, v in options.items() if k not in ("epochs", "valid")}
-        fit(*pair, rows, **{**length, "steps": step - 1})
-    assert same(parameters(*pair), left)
-    return caught.value
-
-
-def place_of(row: int, rows: int, batch_size: int = 1, seed: int = 0) -> int:
-    """The step of the first epoch that meets a row."""
-    order = fit_module._order(rows, seed, 0).tolist()
-    return order.index(row) // batch_size + 1
-
-
-def test_a_bare_tensor_holds_no_missing_entries():
-    x = data(40)
-    x[17, 1] = NAN
-    with pytest.raises(ValueError, match="fit: data came as a bare tensor with 1 NaN"):
-        fit(LinearModel(), Guide(), x, steps=1)
-
-
-def test_a_row_that_is_not_a_number():
-    x = data(40)
-    x[17, 1] = math.inf
-    message = r"site 'z': its posterior density is not finite in rows \[17\]"
-    step = place_of(17, 40, 4)
-    assert_stops((LinearModel(), Guide()), x, message, step, epochs=2, batch_size=4, optimizer=SGD)
-
-
-def test_rows_go_by_their_numbers_in_the_data_set():
-    x = data(40)
-    x[[13, 19]] = 1e200
-    batch = Batch({"x": x}).rows(slice(10, 30))
-    pair = LinearBatchModel(), broad_guide()
-    message = r"site 'x': its likelihood density is not finite in rows \[13, 19\]"
-    assert_stops(pair, batch, message, 1, epochs=2, optimizer=SGD)
-
-
-def broad_guide() -> BatchGuide:
-    """A guide that does not look at its data."""
-    layer = nn.Linear(X_DIM, 2 * Z_DIM)
-    nn.init.zeros_(layer.weight)
-    return BatchGuide(layer)
-
-
-def test_many_rows_are_not_all_listed():
-    message = r"in rows \[0, 1, 2, 3, 4\] and more"
-    x = torch.full((9, X_DIM), 1e200)
-    with pytest.raises(NonFiniteError, match=message):
-        fit(LinearBatchModel(), broad_guide(), Batch({"x": x}), epochs=1)
-
-
-def test_a_learning_rate_that_explodes():
-    pair = LinearModel(), Guide()
-    torch.manual_seed(0)
-    with pytest.raises(NonFiniteError, match=r"site|learning rate|gradient") as caught:
-        fit(*pair, data(8), steps=400, optimizer=partial(torch.optim.SGD, lr=1e4))
-    assert all(bool(torch.isfinite(t).all()) for t in parameters(*pair))
-    assert caught.value.run.stopped == "non-finite"
-
-
-class InfiniteGradient(LinearModel):
-    """sqrt(0) is 0, and its gradient is not finite: in the rows whose first entry is above 5."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.extra = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor) -> None:
-        wrong = (x[:, 0] > 5).sum() * self.extra
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([self.z_dim]).to_event(1))
-            loc = self.net(z) + (wrong.abs().sqrt() if bool((x[:, 0] > 5).any()) else 0.0)
-            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
-
-
-# Steps are looked at every 100: deep within, the first, the last before and after a look, the last.
-@pytest.mark.parametrize("step", [1, 37, 99, 100, 101, 150, 200, 230])
-def test_an_infinite_gradient_under_a_finite_loss(step: int):
-    rows = 230
-    x = data(rows)
-    x[:, 0] = 0.1 * x[:, 0]
-    x[fit_module._order(rows, 0, 0)[step - 1], 0] = 6.0
-    message = "gradient of model.extra is not finite; the state before it is kept"
-    assert_stops(
-        *((InfiniteGradient(), Guide()), x, message, step),
-        epochs=1,
-        batch_size=1,
-        optimizer=partial(torch.optim.Adam, lr=1e-3),
-    )
-
-
-def test_in_a_later_epoch(monkeypatch: pytest.MonkeyPatch):
-    """With dropout, a schedule and running statistics on the way."""
-    torch.manual_seed(0)
-    model, x = LinearModel(), data(9)
-    guide = Guide(nn.Sequential(batch_norm(), nn.Dropout(0.2)))
-    poisoned = Poison(11)
-    options: dict[str, Any] = {"optimizer": poisoned, "batch_size": 3}
-    with pytest.raises(NonFiniteError, match="step 11: the optimizer's step left parameters"):
-        fit(model, guide, x, beta_vae(linear(5)), epochs=9, **options)
-    left = parameters(model, guide)
-    torch.manual_seed(0)
-    model, guide = LinearModel(), Guide(nn.Sequential(batch_norm(), nn.Dropout(0.2)))
-    fit(model, guide, x, beta_vae(linear(5)), steps=10, **{**options, "optimizer": Poison(99)})
-    assert same(parameters(model, guide), left)
-
-
-class Poison:
-    """An optimizer whose step number ``at`` is not finite."""
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-
-    def __call__(self, parameters: Any) -> torch.optim.Optimizer:
-        parameters, at = list(parameters), self.at
-
-        class Poisoned(torch.optim.Adam):
-            @torch.no_grad()
-            def step(self, closure: Any = None) -> Any:
-                loss = super().step(closure)
-                steps = {float(state["step"]) for state in self.state.values()}
-                if at in steps:
-                    parameters[0].fill_(math.inf)
-                return loss
-
-        return Poisoned(parameters, lr=0.01)
-
-
-def test_a_parameter_in_the_store_is_named():
-    def model(x: Tensor) -> None:
-        shift = pyro.param("shift", torch.zeros(()))
-        with pyro.plate("data", len(x)):
-            loc = shift.abs().sqrt().expand(X_DIM)
-            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
-
-    with pytest.raises(NonFiniteError, match="step 1: the gradient of shift is not finite"):
-        fit(model, lambda x: None, data(6), epochs=1)
-    assert float(pyro.param("shift").detach()) == 0.0
-
-
-class CategoricalGuide(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Linear(X_DIM, 3)
-
-    def forward(self, x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("y", dist.Categorical(logits=self.net(x)))
-
-
-def test_draws_that_fail_once_a_parameter_is_not_finite():
-    """The step after the bad one raises an error of its own, within the hundred steps."""
-    torch.manual_seed(0)
-    pair = DiscreteModel(), CategoricalGuide()
-    options: dict[str, Any] = {"objective": elbo(estimator="score"), "batch_size": 2}
-    with pytest.raises(NonFiniteError, match=r"step 7: .* lower the learning rate"):
-        fit(*pair, data(40), epochs=2, optimizer=PoisonGuide(7), **options)
-    assert all(bool(torch.isfinite(t).all()) for t in parameters(*pair))
-
-
-class PoisonGuide(Poison):
-    def __call__(self, parameters: Any) -> torch.optim.Optimizer:
-        return super().__call__(list(parameters)[::-1])
-
-
-def test_an_error_of_the_program_is_not_taken_for_one_of_the_numbers():
-    class Fails(LinearModel):
-        def forward(self, x: Tensor) -> None:
-            super().forward(x)
-            if torch.is_grad_enabled() and self.training and len(x) == 1:
-                raise RuntimeError("no single rows")
-
-    with pytest.raises(RuntimeError, match="no single rows"):
-        fit(Fails(), Guide(), data(7), epochs=1, batch_size=3)
-
-
-def test_the_best_parameters_are_finite(tmp_path: Path):
-    """A last step that leaves no finite parameters is noticed; the saved state is the one before."""
-    pair = fresh("plain")
-    options: dict[str, Any] = {"valid": data(3), "batch_size": 4, "out": tmp_path}
-    with pytest.raises(NonFiniteError, match="step 6:"):
-        fit(*pair, data(8), epochs=3, optimizer=Poison(6), **options)
-    run = fit(*fresh("plain", 1), data(8), epochs=2, optimizer=Poison(9), resume=True, **options)
-    assert [record["step"] for record in run.history] == [2, 4]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -897,6 +882,19 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "valid array": ({"epochs": 1, "valid": np.zeros((3, 3))}, "valid came as ndarray"),
     "clip": ({"epochs": 1, "clip": 0.0}, "clip=0.0"),
     "clip not a number": ({"epochs": 1, "clip": NAN}, "clip=nan"),
+    "accumulate": ({"epochs": 1, "accumulate": 0}, "accumulate=0, wanted a whole number >= 1"),
+    "accumulate half": ({"epochs": 1, "accumulate": 0.5}, "accumulate=0.5"),
+    "accumulate nothing": ({"epochs": 1, "accumulate": None}, "accumulate=None"),
+    "ema of nothing": ({"epochs": 1, "ema": 0.0}, "ema=0.0, wanted a number > 0 and < 1"),
+    "ema of the start": ({"epochs": 1, "ema": 1.0}, "ema=1.0"),
+    "ema not a number": ({"epochs": 1, "ema": NAN}, "ema=nan"),
+    "ema in words": ({"epochs": 1, "ema": "0.9"}, "ema='0.9'"),
+    "precision": ({"epochs": 1, "precision": "fp16"}, "precision: came 'fp16'"),
+    "bf16 of float64": (
+        {"epochs": 1, "precision": "bf16"},
+        "bf16' for parameters in torch.float64",
+    ),
+    "patience half": ({"epochs": 1, "patience": 1.5, "valid": data(3)}, "patience=1.5"),
     "patience alone": ({"epochs": 1, "patience": 1}, "patience without valid"),
     "no patience": ({"epochs": 1, "patience": 0, "valid": data(3)}, "patience=0"),
     "resume": ({"epochs": 1, "resume": True}, "resume=True without out"),

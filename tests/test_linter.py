@@ -838,6 +838,12 @@ def test_parameters_without_gradient_are_a_warning():
     assert check(Model(), guide, data()).findings == ()
 
 
+def test_parameters_of_other_programs_are_not_looked_at():
+    pyro.module("encoder", nn.Linear(3, 4))
+    pyro.param("of another", torch.ones(2))
+    assert check(Model(), Guide(), data()).findings == ()
+
+
 def test_a_detached_path_is_a_warning():
     class Detached(nn.Linear):
         def forward(self, z: Tensor) -> Tensor:

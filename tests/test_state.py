@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import pickle
+import resource
+import signal
 import stat
 from pathlib import Path
 from typing import Any
@@ -12,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.training import state as state_module
 from pyro_vae.training.state import pack, read_tensors, replacing, unpack, write_tensors
 
 
@@ -154,3 +160,75 @@ def test_a_broken_file_is_named(damage: str, tmp_path: Path):
         path.write_bytes({"empty": b"", "cut off": content[:-9], "text": b"x" * 99}[damage])
     with pytest.raises(ValueError, match=str(path)):
         read_tensors(path)
+
+
+PICKLES = {
+    "torch.save": lambda path: torch.save({"a": torch.ones(3)}, path),
+    "torch.save of old": lambda path: torch.save(
+        {"a": torch.ones(3)}, path, _use_new_zipfile_serialization=False
+    ),
+    "pickle": lambda path: path.write_bytes(pickle.dumps(Trap(path.with_name("sprung")))),
+}
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+def test_a_pickle_is_told_and_not_opened(kind: str, tmp_path: Path):
+    path = tmp_path / "model.safetensors"
+    PICKLES[kind](path)
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors: came a file of torch\.save or pickle"
+    ):
+        read_tensors(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One line, and what was there is there."""
+    path = tmp_path / "file"
+    write_tensors(path, {"a": torch.ones(2)})
+
+    def full(tensors: Any, file: Path, metadata: Any) -> None:
+        file.write_bytes(b"half of")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(state_module, "save_file", full)
+    message = "file: can't be written: No space left on device; what was saved before is kept"
+    with pytest.raises(ValueError, match=message):
+        write_tensors(path, {"a": torch.zeros(2)})
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert read_tensors(path)[0]["a"].tolist() == [1, 1]
+
+
+def test_a_file_that_grows_too_large(tmp_path: Path):
+    """The same from the operating system, through the writer of the tensors."""
+    path = tmp_path / "file"
+    write_tensors(path, {"a": torch.ones(2)})
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"file: can't be written: .*File too large"):
+            write_tensors(path, {"a": torch.zeros(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert read_tensors(path)[0]["a"].tolist() == [1, 1]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_not_writable(tmp_path: Path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="file: can't be written: Permission denied"):
+        write_tensors(tmp_path / "file", {"a": torch.zeros(2)})
+    tmp_path.chmod(0o700)

@@ -53,7 +53,7 @@ class Bernoulli(nn.Module):
         return independent(_Bernoulli(logits=logits), len(self.event_shape))
 
 
-class _ContinuousBernoulli(dist.ContinuousBernoulli):
+class _ContinuousBernoulli(dist.ContinuousBernoulli):  # type: ignore[misc]
     """Torch's, whose normaliser comes from probabilities and has no digits left at large logits."""
 
     def _cont_bern_log_norm(self) -> Tensor:

@@ -39,9 +39,9 @@ class StandardNormal(nn.Module):
 
 
 class DiagonalGaussian(nn.Module):
-    r"""N(m(y), diag s(y)²): both the mean and the scale depend on the parents y.
+    """N(m(y), diag s(y)²): both the mean and the scale depend on the parents y.
 
-    .. math:: s(y) = \text{unit} \cdot (\text{floor} + \text{softplus}(r(y)))
+        s(y) = unit · (floor + softplus(r(y)))
 
     Softplus grows linearly, so that a network far from its training rows returns a large scale
     where exp would overflow; the floor keeps log densities finite where a scale runs to 0.
@@ -93,10 +93,9 @@ class DiagonalGaussian(nn.Module):
 
 
 class Gaussian(nn.Module):
-    r"""N(m(y), s²) with a learned scale s that does not depend on the parents y.
+    """N(m(y), s²) with a learned scale s that does not depend on the parents y.
 
-    .. math:: s = \text{scale} \cdot (\text{floor} + \text{softplus}(r)), \quad s = \text{scale}
-        \text{ at the start}
+        s = scale · (floor + softplus(r)),  s = scale at the start
 
     r is a plain parameter, so that s is learned on a relative footing whatever the data's unit. A
     scale that is learned, and not set to 1, is what makes the ELBO a calibrated number (Rybkin et
@@ -150,16 +149,16 @@ class Gaussian(nn.Module):
 
 
 class OptimalSigma(nn.Module):
-    r"""N(m(y), s²) whose scale s is computed from residuals, not learned.
+    """N(m(y), s²) whose scale s is computed from residuals, not learned.
 
     The sigma-VAE of Rybkin et al. (2021, arXiv:2006.13202):
 
-    .. math:: s^2 = \frac{1}{n} \sum (x - m(y))^2
+        s² = 1/n Σ (x - m(y))²
 
     over the training rows and over the entries that share a scale: the maximum of the expected log
     density for given means. There its derivative by s vanishes, so the gradient for all other
     parameters is the same whether or not it flows through s, and s can be a stored constant. The
-    conditional never sees x: training code calls ``update``, evaluation finds s frozen::
+    conditional never sees x: training code calls ``update``, evaluation finds s frozen:
 
         z = guide.posterior(batch["x"]).sample()
         likelihood.update(batch["x"], likelihood(z).mean, batch.mask("x"), momentum=0.1)

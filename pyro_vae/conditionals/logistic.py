@@ -23,14 +23,14 @@ __all__ = ["DiscretizedLogisticMixture", "LogisticMixture"]
 
 
 class LogisticMixture(nn.Module):
-    r"""Levels 0, 1, ..., L - 1 by a mixture of M logistics, rounded and clipped.
+    """Levels 0, 1, ..., L - 1 by a mixture of M logistics, rounded and clipped.
 
     The likelihood of PixelCNN++ (Salimans et al. 2017, arXiv:1701.05517), without what it adds
     across the channels of a pixel, so that it factorizes and any entry may be missing:
 
-    .. math:: p(x | y) = \sum_j \pi_j(y) \left[ \sigma\left(\frac{x + 1/2 - m_j(y)}{s_j(y)}\right)
-        - \sigma\left(\frac{x - 1/2 - m_j(y)}{s_j(y)}\right) \right], \quad
-        s_j(y) = \text{floor} + \text{unit} \cdot \text{softplus}(r_j(y))
+        p(x | y) = Σ_j π_j(y) [sigmoid((x + 1/2 - m_j(y)) / s_j(y))
+                               - sigmoid((x - 1/2 - m_j(y)) / s_j(y))]
+        s_j(y) = floor + unit · softplus(r_j(y))
 
     where the first level also has all that is below it, the last one all that is above. Unlike
     Binomial, whose variance is tied to its mean, it can be as sharp or as wide as the data are,
@@ -122,12 +122,12 @@ class LogisticMixture(nn.Module):
 
 
 class DiscretizedLogisticMixture(TorchDistribution):
-    r"""A mixture of M logistics, rounded to levels 0, 1, ..., L - 1 and clipped.
+    """A mixture of M logistics, rounded to levels 0, 1, ..., L - 1 and clipped.
 
     With a and b the lower and upper edge of a level, both less m and divided by s, a component's
     probability is
 
-    .. math:: \sigma(b) - \sigma(a) = \sigma(b) \, \sigma(-a) \, (1 - e^{-1/s})
+        sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(-1/s))
 
     Its logarithm is a sum of three terms that are each accurate however far m is from x: nothing
     cancels, and neither a density in the middle of the level nor a smallest probability has to

@@ -14,9 +14,9 @@ LARGE = 16.0  # from here on the series is exact to 2e-12, and lgamma loses digi
 
 
 def remainder(z: Tensor) -> Tensor:
-    r"""What Stirling's formula leaves of log gamma, for z > 0.
+    """What Stirling's formula leaves of log gamma, for z > 0.
 
-    .. math:: \delta(z) = \log \Gamma(z) - (z - 1/2) \log z + z - \log \sqrt{2 \pi}
+        δ(z) = log Γ(z) - (z - 1/2) log z + z - log sqrt(2 π)
 
     Differences of log gamma cancel in float32 (at z = 1e6 it is 1.3e7, to within 1); written with
     the leading terms cancelled by hand, only these remainders are left.

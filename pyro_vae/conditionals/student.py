@@ -21,13 +21,11 @@ __all__ = ["StudentT"]
 
 
 class StudentT(nn.Module):
-    r"""Student's t around m(y), with learned scale s and degrees of freedom n, for outliers.
+    """Student's t around m(y), with learned scale s and degrees of freedom n, for outliers.
 
-    .. math:: p(x | y) \propto \frac{1}{s} \left(1 + \frac{1}{n}
-        \left(\frac{x - m(y)}{s}\right)^2\right)^{-(n + 1) / 2}
-
-    .. math:: s = \text{scale} \cdot (\text{floor} + \text{softplus}(r)), \quad
-        n = \text{smallest} + \text{softplus}(q)
+        p(x | y) ∝ 1/s (1 + ((x - m(y)) / s)² / n)^(-(n + 1) / 2)
+        s = scale · (floor + softplus(r))
+        n = smallest + softplus(q)
 
     r and q are plain parameters; neither s nor n depends on the parents y. An outlier costs the
     logarithm of its distance, not its square, and its pull on m(y) fades with distance, which is

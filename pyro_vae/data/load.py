@@ -1,317 +1,217 @@
-"""Data sets by name and from files, as a Batch and a record of what was done to them."""
+"""Data sets by name, from files and from tables, as a Batch that says what was done to it."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyro_vae.batch import Batch
-from pyro_vae.data.npz import Array, read_arrays, sha256
+from pyro_vae.data.digits import BUILT_IN, read_digits
+from pyro_vae.data.draws import check_choice, draws_for, step
+from pyro_vae.data.images import read_images
+from pyro_vae.data.named import available, obtain, read_named
+from pyro_vae.data.npy import read_npy
+from pyro_vae.data.sites import images, make_batch, summary
+from pyro_vae.data.source import Array, Source, as_list, is_pixels, near
+from pyro_vae.data.table import read_csv, read_frame, read_parquet
 
-__all__ = ["describe", "load", "split"]
+if TYPE_CHECKING:
+    import pandas as pd
 
-FOLDER = "PYRO_VAE_DATA"
-BUILT_IN = ("digits", "digits_binary")
-BINARY_SEED = 0  # of the one Bernoulli draw per pixel of digits_binary
-MASK = "observed_"  # prefix of the arrays that say where a site is observed
-SPLIT_SEED = 0  # of the 80/20 split of the digits, which have no official one
+__all__ = ["describe", "load"]
+
+Sites = Collection[str] | Mapping[str, str | Collection[str] | None]
 
 
 def load(
-    name_or_path: str | os.PathLike[str],
+    source: str | os.PathLike[str] | pd.DataFrame,
     split: str | None = None,
-    sites: Collection[str] | None = None,
+    sites: Sites | None = None,
+    *,
+    columns: str | Collection[str] | None = None,
+    drop: str | Collection[str] | None = None,
+    size: tuple[int, int] | None = None,
+    binarize: str | None = None,
+    dequantize: bool = False,
+    seed: int = 0,
+    mmap: bool = False,
 ) -> Batch:
-    """Load a data set; ``describe`` with the same arguments says what was done to it.
+    """Load a data set; its ``record`` says where it is from and what was done to it.
 
-    * ``"digits"``: the 1797 digits of scikit-learn, ``x`` [B, 64] counts 0..16 (floating) and ``y``
-      [B] labels. Splits ``train`` (1437 rows) and ``test`` (360) by a fixed seed.
-    * ``"digits_binary"``: the same rows with ``x`` in {0, 1}: one Bernoulli draw per pixel, with
-      probability count / 16 and a fixed seed (static binarization).
-    * a path to an ``.npz`` file, or ``NAME`` for ``NAME.npz`` in the folder that the environment
-      variable ``PYRO_VAE_DATA`` names. Arrays ``x_train``, ``x_valid``, ``x_test`` are site ``x``
-      of three splits; without such suffixes the file is one split.
+    * ``"digits"``: the 1797 digits of scikit-learn, ``x`` [B, 64] counts 0..16 and ``y`` [B] labels,
+      in splits ``train`` (1437 rows) and ``test`` (360); ``"digits_binary"``: the same rows with
+      ``x`` in {0, 1}, one Bernoulli draw per pixel with probability count / 16.
+    * ``"mnist"``, ``"fashion_mnist"``, ``"omniglot28"``, ``"mnist_static_binary"``: images ``x``
+      [B, 28, 28]; see ``pyro_vae.data.named``. Any NAME is looked for as ``NAME.npz`` in the folder
+      that the environment variable ``PYRO_VAE_DATA`` names; these four are else downloaded once.
+    * an ``.npz`` file: its arrays are sites; ``x_train``, ``x_valid``, ``x_test`` are the parts of
+      site ``x``. An ``.npy`` file is site ``x``, a folder of them a data set like an ``.npz`` file.
+    * ``.csv``, ``.tsv``, ``.parquet`` and DataFrames: the numeric columns are one floating site
+      ``x`` [B, D], an empty cell is missing; see ``pyro_vae.data.table``.
+    * a folder of images: site ``x``, [B, H, W] or [B, 3, H, W] for colour, 0..255, and subfolders as
+      splits and as classes ``y``; see ``pyro_vae.data.images``.
 
     How an array becomes a site: NaN means missing, and a bool array ``observed_x``
     (``observed_x_train``) is the mask of ``x``, which integers need to miss anything. Floating
     arrays take torch's default dtype. Bool and uint8 arrays of two or more dimensions (pixels)
-    become floating *unscaled* values: 0..255 stays 0..255. All other integers become int64. A file
-    ``mnist_static_binary.npz`` with bit-packed rows [N, 98] is unpacked to ``x`` [N, 28, 28] in
-    {0, 1}.
+    become floating *unscaled* values: 0..255 stays 0..255. All other integers become int64.
 
     Args:
-        name_or_path: name or path as above. With a folder or an ending in it, it is a path.
+        source: what to load. A word is a name; with a folder or an ending in it, it is a path.
         split: ``train``, ``valid``, ``test``, or ``all`` for the rows of a data set that is not
-            stored in parts. Default: ``train`` for files stored in parts, otherwise ``all``.
-        sites: the arrays to take, by site name (default: every array).
+            stored in parts. Default: ``train`` for data stored in parts, otherwise ``all``.
+        sites: the sites to take, by name (default: every one). For tables also site -> columns.
+        columns, drop: of a table, the columns that make site ``x``, or those to leave out.
+        size: (H, W) that images are resized to.
+        binarize: 8-bit images (``record["levels"]``) become 0 and 1. ``static``: one Bernoulli draw
+            with probability x / 255, the same whenever a row is loaded. ``dynamic``: drawn anew
+            whenever rows are taken in training (Salakhutdinov and Murray 2008). ``epoch``: one draw
+            an epoch. ``threshold``: x > 127.
+        dequantize: 8-bit images become (x + u) / 256, u ~ U[0, 1) drawn anew whenever rows are taken
+            in training (Theis et al. 2016, arXiv:1511.01844). The record has the log-Jacobian:
+            log p of an image >= E_u log p(y) - D log 256.
+        seed: of fixed draws. The rows of ``valid`` and ``test``, and whatever rows are judged by
+            (``Batch.still()``), have one draw, a function of seed, site, split and row number.
+        mmap: leave the rows of ``.npy`` files where they are and read them when they are taken; see
+            ``pyro_vae.data.on_demand.OnDemand``.
 
     Returns:
         The rows of the split, numbered from 0, with ``total`` the split's number of rows.
 
     Raises:
         FileNotFoundError: a path that does not exist.
-        ValueError: an unknown name or split, a broken file, arrays that are not rows of numbers.
+        ValueError: an unknown name or split, a broken file, what are no rows of numbers, an option
+            that the kind of data does not have.
+        OSError: a download that failed.
     """
-    return _load(name_or_path, split, sites)[0]
+    check_choice(binarize, dequantize, seed)
+    given = {"columns": columns, "drop": drop, "size": size, "mmap": mmap or None}
+    found = _read(source, sites, {name: it for name, it in given.items() if it is not None})
+    chosen = found.choose(split)
+    found.check(chosen)
+    levels = images(found)
+    if (binarize or dequantize) and not levels:
+        raise ValueError(
+            f"{found.place}: {'binarize' if binarize else 'dequantize'}= is for 8-bit images, uint8 "
+            f"[B, H, W] up to 255, and of the sites {sorted(found.parts[chosen])} none is one"
+        )
+    fixed = chosen not in ("train", "all") or binarize in ("static", "threshold")
+    batch = make_batch(found, chosen, draws_for(levels, chosen, binarize, dequantize, seed))
+    batch = batch.still() if fixed else batch
+    steps = list(found.record.get("steps", ()))
+    for site, array in found.parts[chosen].items():
+        if site in levels and (binarize or dequantize):
+            steps.append(step(site, binarize, seed, fixed))
+        elif is_pixels(array) and site in batch:
+            steps.append(_cast(site, array))
+    left = {} if binarize else {site: 256 for site in levels if site in batch}
+    batch.record = {
+        "name": os.fspath(source) if isinstance(source, str | os.PathLike) else "DataFrame",
+        **found.record,
+        "split": chosen,
+        "splits": list(found.parts),
+        **summary(batch),
+        "steps": steps,
+        **({"levels": left} if left else {}),
+    }
+    return batch
 
 
 def describe(
-    name_or_path: str | os.PathLike[str],
+    source: str | os.PathLike[str] | pd.DataFrame,
     split: str | None = None,
-    sites: Collection[str] | None = None,
+    sites: Sites | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """What ``load`` with the same arguments does, as a record that can be written as JSON.
 
     Returns:
-        ``name``, ``source``, ``sha256`` (of the file; of the raw arrays for built-in data),
-        ``split``, ``splits`` (those there are), ``rows``, ``sites`` (shape, dtype, number of
-        missing entries), ``steps`` (what was done to the values, in words), and the seeds used.
+        ``name``, ``source``, ``sha256`` (of the file; of the raw arrays for built-in data and
+        DataFrames; None for mapped files), ``split``, ``splits`` (those there are), ``rows``,
+        ``sites`` (shape, dtype, number of missing entries), ``steps`` (what was done to the values),
+        ``levels`` of 8-bit images, and what the kind of data adds: ``columns``, ``classes``, ...
     """
-    return _load(name_or_path, split, sites)[1]
+    return load(source, split, sites, **options).record
 
 
-def split(
-    batch: Batch, fractions: Sequence[float] = (0.8, 0.2), seed: int = 0
-) -> tuple[Batch, ...]:
-    """Cut a batch into parts by a seeded permutation of its rows.
-
-    Each part is a data set of its own: its ``total`` is its number of rows, counted from 0. Which
-    sites are incomplete and what missing entries read as stay as they are in ``batch``.
-
-    Args:
-        batch: the rows to divide.
-        fractions: positive numbers that add up to 1.
-        seed: of the permutation, which is the same on every platform and version.
-
-    Raises:
-        ValueError: fractions that are not positive or do not add up to 1, a part without rows.
-    """
-    if not fractions or min(fractions) <= 0 or not math.isclose(sum(fractions), 1.0):
-        raise ValueError(
-            f"fractions= came {list(fractions)}, wanted positive numbers that add up to 1"
-        )
-    ends = [math.floor(batch.size * part + 1e-6) for part in np.cumsum(fractions)]
-    ends[-1] = batch.size
-    starts = [0, *ends[:-1]]
-    if any(start >= end for start, end in zip(starts, ends, strict=True)):
-        raise ValueError(
-            f"fractions= came {list(fractions)}, which leave a part of the {batch.size} rows empty"
-        )
-    order = np.random.RandomState(seed).permutation(batch.size)  # its stream is frozen by numpy
-    return tuple(
-        _renumber(batch.rows(torch.from_numpy(order[start:end])))
-        for start, end in zip(starts, ends, strict=True)
-    )
+def _cast(site: str, array: Array) -> dict[str, Any]:
+    return {"site": site, "step": "cast", "text": f"{site}: {array.dtype} to floating, unscaled"}
 
 
-def _renumber(part: Batch) -> Batch:
-    """Make a part (fresh from ``Batch.rows``) a data set of its own."""
-    part.total, part.index = part.size, torch.arange(part.size, device=part.device)
-    return part
+# --- what is meant ------------------------------------------------------------------------------
 
 
-def _load(
-    name_or_path: str | os.PathLike[str], split_name: str | None, sites: Collection[str] | None
-) -> tuple[Batch, dict[str, Any]]:
+class Reader(NamedTuple):
+    """What reads a kind of data, and the options that it takes."""
+
+    read: Callable[..., Source]
+    options: tuple[str, ...] = ()
+
+
+MAPPING = "sites= as a mapping"
+TABLE = Reader(read_frame, ("columns", "drop", MAPPING))
+READERS = {
+    ".npz": Reader(read_named),
+    ".npy": Reader(read_npy, ("mmap",)),
+    ".csv": TABLE._replace(read=read_csv),
+    ".tsv": TABLE._replace(read=read_csv),
+    ".parquet": TABLE._replace(read=read_parquet),
+    ".pq": TABLE._replace(read=read_parquet),
+}
+FOR = dict.fromkeys(TABLE.options, "tables (.csv, .tsv, .parquet, DataFrame)") | {
+    "size": "folders of images",
+    "mmap": ".npy files and folders of them",
+}
+
+
+def _read(source: Any, sites: Any, options: dict[str, Any]) -> Source:
+    """Read what is meant, or refuse options that it does not have."""
     if isinstance(sites, str):
         raise ValueError(f"sites= came the text {sites!r}, wanted a list of names: [{sites!r}]")
-    name = os.fspath(name_or_path)
-    if isinstance(name_or_path, str) and name in BUILT_IN:
-        batch, record = _digits(name, split_name, sites)
-    else:
-        batch, record = _file(_resolve(name_or_path), split_name, sites)
-    described = {
-        site: {
-            "shape": list(batch[site].shape),
-            "dtype": str(batch[site].dtype).removeprefix("torch."),
-            "missing": int((~batch.mask(site)).sum()),
-        }
-        for site in batch.sites
-    }
-    return batch, {"name": name, **record, "rows": batch.size, "sites": described}
+    if sites is not None and not isinstance(sites, Mapping):
+        sites = as_list("sites", sites)
+    if sites is not None and not sites:
+        raise ValueError("sites= came empty, wanted names (or None, for all)")
+    reader, source, shown = _reader(source)
+    for option in [*options, *([MAPPING] if isinstance(sites, Mapping) else [])]:
+        if option not in reader.options:
+            raise ValueError(f"{shown}: came {option}, which is for {FOR[option]}")
+    return reader.read(source, sites, **options)
 
 
-def _resolve(name_or_path: str | os.PathLike[str]) -> Path:
+def _reader(source: Any) -> tuple[Reader, Any, str]:
+    """What reads it, what is handed over, and what errors call it."""
+    if not isinstance(source, str | os.PathLike):
+        return TABLE, source, "the DataFrame"
+    name = os.fspath(source)
+    if isinstance(source, str) and name in BUILT_IN:
+        return Reader(read_digits), name, name
+    path = _resolve(source, name)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.is_dir():
+        arrays = any(path.glob("*.npy"))
+        return READERS[".npy"] if arrays else Reader(read_images, ("size",)), path, str(path)
+    if path.suffix.lower() not in READERS:
+        raise ValueError(
+            f"{path}: came a file {path.suffix or 'without an ending'}, wanted one of "
+            f"{', '.join(READERS)}, or a folder of images or of .npy files"
+        )
+    return READERS[path.suffix.lower()], path, str(path)
+
+
+def _resolve(source: Any, name: str) -> Path:
     """The file that a name or a path stands for."""
-    name = os.fspath(name_or_path)
-    if not isinstance(name_or_path, str) or "/" in name or os.sep in name or Path(name).suffix:
+    if not isinstance(source, str) or "/" in name or os.sep in name or Path(name).suffix:
         return Path(name).expanduser()
-    folder = os.environ.get(FOLDER)
-    if folder and (path := Path(folder) / f"{name}.npz").exists():
-        return path
-    if not folder:
-        where = f"set {FOLDER} to a folder with {name}.npz, or give a path"
-    elif not Path(folder).is_dir():
-        where = f"{FOLDER} names {folder}, which is not a folder"
-    else:
-        files = sorted(path.stem for path in Path(folder).glob("*.npz"))
-        where = f"{FOLDER} ({folder}) has {files or 'no .npz file'}"
-    raise ValueError(f"data set {name!r} is unknown: built in are {list(BUILT_IN)}; {where}")
-
-
-# --- built-in data ------------------------------------------------------------------------------
-
-
-def _digits(
-    name: str, split_name: str | None, sites: Collection[str] | None
-) -> tuple[Batch, dict[str, Any]]:
-    import sklearn  # here, since it takes a second to import
-    from sklearn.datasets import load_digits
-
-    counts, labels = load_digits(return_X_y=True)
-    counts, labels = counts.astype(np.uint8), labels.astype(np.int64)
-    record: dict[str, Any] = {
-        "source": f"scikit-learn {sklearn.__version__}, load_digits",
-        "sha256": hashlib.sha256(counts.tobytes() + labels.tobytes()).hexdigest(),
-    }
-    if name == "digits_binary":
-        # Drawn for all rows at once, so that a row is the same in every split.
-        uniform = np.random.RandomState(BINARY_SEED).random_sample(counts.shape)
-        pixels = uniform < counts / 16
-        record["binarization"] = {"kind": "static", "draw": "count / 16", "seed": BINARY_SEED}
-        record["steps"] = ["x: one Bernoulli draw per pixel with probability count / 16"]
-    else:
-        pixels, record["steps"] = counts, ["x: counts 0..16, unscaled"]
-    arrays = {"x": pixels, "y": labels}
-    if unknown := sorted(set(sites or ()) - set(arrays)):
-        raise ValueError(f"{name}: sites= names {unknown}, the data set holds {sorted(arrays)}")
-    batch = Batch(
-        {site: _numbers(arrays[site]) for site in arrays if sites is None or site in sites}
-    )
-
-    chosen = "all" if split_name is None else split_name
-    splits = ["train", "test", "all"]
-    if chosen not in splits:
-        raise ValueError(f"{name}: split= came {chosen!r}, wanted one of {splits}")
-    if chosen != "all":
-        batch = split(batch, (0.8, 0.2), seed=SPLIT_SEED)[splits.index(chosen)]
-        record["split_seed"] = SPLIT_SEED
-    return batch, {**record, "split": chosen, "splits": splits}
-
-
-# --- files --------------------------------------------------------------------------------------
-
-
-def _file(
-    path: Path, split_name: str | None, sites: Collection[str] | None
-) -> tuple[Batch, dict[str, Any]]:
-    parts = read_arrays(path, sites)
-    steps = _unpack_bits(path, parts) if path.stem == "mnist_static_binary" else []
-    chosen = _choose(path, parts, split_name)
-    part = parts[chosen]
-    _check_rows(path, part)
-    # Every split agrees on what is incomplete, and missing entries read as they do in the first.
-    incomplete = {site for each in parts.values() for site in each if _has_missing(each, site)}
-    first = next(iter(parts.values()))
-    try:
-        fill = _batch(first, incomplete, only=incomplete).fill if incomplete & set(first) else {}
-        batch = _batch(part, incomplete, {site: fill[site] for site in fill if site in part})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    steps += [
-        f"{site}: {part[site].dtype} to floating, unscaled"
-        for site in batch.sites
-        if _is_pixels(part[site])
-    ]
-    return batch, {
-        "source": str(path),
-        "sha256": sha256(path),
-        "split": chosen or "all",
-        "splits": [each or "all" for each in parts],
-        "steps": steps,
-    }
-
-
-def _choose(
-    path: Path, parts: Mapping[str | None, Mapping[str, Array]], split_name: str | None
-) -> str | None:
-    stored = [each for each in parts if each is not None]
-    if not stored:
-        if split_name in (None, "all"):
-            return None
+    path = obtain(name)
+    if path is None:
+        known = available()
+        hint = f"; did you mean the path './{name}'?" if Path(name).exists() else near(name, known)
         raise ValueError(
-            f"{path}: split= came {split_name!r}, but the file is not stored in parts; divide it "
-            "by pyro_vae.data.split(batch, fractions)"
+            f"data set {name!r} is unknown: there are {list(known)}; set PYRO_VAE_DATA to a folder "
+            f"with {name}.npz, or give a path{hint}"
         )
-    if loose := sorted(parts.get(None, ())):
-        raise ValueError(
-            f"{path}: arrays {loose} belong to no split, others are of {stored}; leave them out by "
-            "sites="
-        )
-    if split_name is None and "train" not in stored:
-        raise ValueError(f"{path}: has no training rows, only {stored}; name them SITE_train")
-    chosen = "train" if split_name is None else split_name
-    if chosen not in stored:
-        raise ValueError(f"{path}: split= came {chosen!r}, wanted one of {stored}")
-    return chosen
-
-
-def _check_rows(path: Path, part: Mapping[str, Array]) -> None:
-    rows = {site: len(array) if array.ndim else 0 for site, array in part.items()}
-    if len(set(rows.values())) > 1:
-        raise ValueError(
-            f"{path}: the arrays differ in their number of rows: {rows}; name them SITE_train, "
-            "SITE_valid, SITE_test, or take some by sites="
-        )
-    if not all(rows.values()):
-        raise ValueError(f"{path}: arrays {list(rows)} have no rows, wanted [B, *event]")
-    for name in part:
-        site = name.removeprefix(MASK)
-        if site != name and site not in part:
-            raise ValueError(f"{path}: array {name!r} is the mask of {site!r}, which is not there")
-        if site != name and not np.isin(part[name], (0, 1)).all():
-            raise ValueError(
-                f"{path}: array {name!r} is a mask, wanted True or False (1 or 0) only"
-            )
-
-
-def _batch(
-    part: Mapping[str, Array],
-    incomplete: Collection[str],
-    fill: Mapping[str, float] | None = None,
-    only: Collection[str] | None = None,
-) -> Batch:
-    values = {
-        site: _numbers(array)
-        for site, array in part.items()
-        if not site.startswith(MASK) and (only is None or site in only)
-    }
-    everywhere = {site: np.ones(values[site].shape, bool) for site in values if site in incomplete}
-    observed = {site: part.get(MASK + site, mask) for site, mask in everywhere.items()}
-    return Batch(values, observed, fill=fill)
-
-
-def _has_missing(part: Mapping[str, Array], site: str) -> bool:
-    array = part[site]
-    return MASK + site in part or (array.dtype.kind == "f" and bool(np.isnan(array).any()))
-
-
-def _is_pixels(array: Array) -> bool:
-    return array.ndim > 1 and array.dtype in (np.bool_, np.uint8)
-
-
-def _numbers(array: Array) -> Array:
-    """Floating for floating arrays and pixels, int64 for the rest; in this machine's byte order."""
-    if array.dtype.kind != "f" and not _is_pixels(array):
-        return array.astype(np.int64)
-    double = torch.get_default_dtype() == torch.float64
-    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which Batch refuses
-        return array.astype(np.float64 if double else np.float32)
-
-
-def _unpack_bits(path: Path, parts: dict[str | None, dict[str, Array]]) -> list[str]:
-    """Turn bit-packed rows [N, 98] of site x into [N, 28, 28] of 0 and 1, in place."""
-    for part in parts.values():
-        if "x" in part:
-            if part["x"].dtype != np.uint8 or part["x"].shape[1:] != (98,):
-                came = f"{part['x'].dtype} {list(part['x'].shape)}"
-                raise ValueError(f"{path}: array 'x' came {came}, wanted bit-packed uint8 [N, 98]")
-            part["x"] = np.unpackbits(part["x"], axis=1).reshape(-1, 28, 28)
-    return ["x: unpacked from bits, 1 = ink (static binarization of the file's authors)"]
+    return path

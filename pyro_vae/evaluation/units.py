@@ -12,6 +12,8 @@ from pyro_vae.batch import Batch
 
 __all__ = ["bits_per_dim", "entries", "is_discretized", "log_jacobian"]
 
+ROWS = 10_000  # at a time: masks of data that are larger than memory come by rows
+
 
 def log_jacobian(data: Batch | Tensor, sites: Iterable[str]) -> Tensor:
     """What to add to log p of the rows to have it in the units that the data came in.
@@ -69,5 +71,8 @@ def bits_per_dim(log_p: Tensor, entries: Tensor) -> Tensor:
 def _sum(data: Batch, site: str, per_entry: Tensor) -> Tensor:
     if site not in data.incomplete:
         return per_entry.expand(data.shape(site)[1:]).sum().expand(len(data))
-    mask = data.mask(site).cpu()
-    return (mask * per_entry).flatten(1).sum(1) if mask.dim() > 1 else mask * per_entry
+    sums = []
+    for rows in torch.arange(len(data)).split(ROWS):
+        mask = data.rows(rows).mask(site).cpu()
+        sums.append((mask * per_entry).flatten(1).sum(1) if mask.dim() > 1 else mask * per_entry)
+    return torch.cat(sums)

@@ -80,7 +80,7 @@ class Elbo(Bound):
 
 
 class Renyi(Bound):
-    r"""Variational Rényi bound, :math:`\frac{1}{1-\alpha} \log \frac1K \sum_k w_k^{1-\alpha}`.
+    """Variational Rényi bound, ``1/(1 - alpha) log 1/K sum_k w_k^(1 - alpha)``.
 
     ``alpha=0`` is the importance weighted bound (Burda et al. 2016), ``alpha=-inf`` VR-max (Li &
     Turner 2016), ``alpha -> 1`` the ELBO (use ``Elbo``). A lower bound in expectation for every

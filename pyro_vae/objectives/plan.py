@@ -40,6 +40,7 @@ __all__ = [
     "check_sites",
     "factor_blockers",
     "make_plan",
+    "other_values",
     "problems",
     "site_names",
 ]
@@ -397,7 +398,7 @@ def _drawn_parents(
     base, parents = densities(values), []
     counts = {name for name, site in sites.items() if site["is_observed"] or name in guide}
     for name in reversed(drawn):  # children before their parents
-        for other in _other_values(unmasked_fn(sites[name]), sites[name]["value"]):
+        for other in other_values(unmasked_fn(sites[name]), sites[name]["value"]):
             moved = densities({**values, name: other})
             if any(not torch.equal(moved[s], base[s]) for s in counts - {name}):
                 counts.add(name)
@@ -406,7 +407,7 @@ def _drawn_parents(
     return tuple(name for name in reversed(parents) if not unmasked_fn(sites[name]).has_rsample)
 
 
-def _other_values(fn: Any, value: Tensor) -> list[Tensor]:
+def other_values(fn: Any, value: Tensor) -> list[Tensor]:
     if fn.has_enumerate_support:
         try:
             support = fn.enumerate_support(expand=False)

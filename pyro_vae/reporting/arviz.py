@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from pyro_vae.evaluation.likelihood import (
     entries_per_row,
     judging,
 )
+from pyro_vae.evaluation.sites import is_drawn, where_data, whole
 from pyro_vae.objectives.particles import Particles, run
 from pyro_vae.objectives.plan import Plan, make_plan
 from pyro_vae.objectives.support import check_data
@@ -209,7 +209,9 @@ def _add(
     """Some draws of some rows."""
     size = draws.stop - draws.start
     particles = run(model, guide, args, {}, plan, size)
-    latents = [name for name, q in particles.guide.items() if _drawn(q) and name in particles.model]
+    latents = [
+        name for name, q in particles.guide.items() if is_drawn(q) and name in particles.model
+    ]
     bare, batch = unwrap(model, args)
 
     def put(group: str, name: str, value: Tensor) -> None:
@@ -230,7 +232,7 @@ def _add(
 
     if draws.start == 0:
         for name, site in particles.model.items():
-            seen = _seen(site)
+            seen = where_data(site)
             if seen is not False:
                 value = canonical(site["value"], site)[0]
                 if seen is not True:
@@ -242,7 +244,7 @@ def _add(
 
     keep: dict[str, tuple[Tensor, Tensor | None]] = {}
     for name, site in particles.model.items():
-        seen = _seen(site)
+        seen = where_data(site)
         if name in particles.guide or seen is False:
             keep[name] = (site["value"], None)
         elif seen is not True:
@@ -253,25 +255,11 @@ def _add(
             continue
         handlers = [Replay(particles.subsamples), _Redraw(kept)]
         for name, site in trace(bare, args, {}, handlers, size, plan.nesting)[0].items():
-            value = _whole(site, batch, canonical(site["value"], site))
+            value = whole(site, batch, canonical(site["value"], site))
             if name not in latents:
                 put(f"{group}_predictive", name, value)
             elif group == "prior":
                 put(group, name, value)
-
-
-def _drawn(site: Site) -> bool:
-    """Whether the guide drew a site, in some entries at least."""
-    return not site["is_observed"] and site["infer"].get("observed") is not True
-
-
-def _seen(site: Site) -> Tensor | bool:
-    """Where a site of the model is data."""
-    for key in ("observed", "drawn"):
-        if key in site["infer"]:
-            seen: Tensor | bool = site["infer"][key]
-            return seen
-    return bool(site["is_observed"])
 
 
 def _with_nan(value: Tensor, seen: Tensor) -> Tensor:
@@ -280,17 +268,6 @@ def _with_nan(value: Tensor, seen: Tensor) -> Tensor:
         return value
     value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
     return torch.where(seen, value, torch.nan)
-
-
-def _whole(site: Site, batch: Batch | None, value: Tensor) -> Tensor:
-    """Draws of whole numbers as such, if the data are: ArviZ plots bars then."""
-    data = batch[site["name"]] if batch is not None and site["name"] in batch else site["value"]
-    if data.is_floating_point() or not value.is_floating_point():
-        return value
-    with suppress(NotImplementedError):  # distributions that have no support
-        if site["fn"].support.is_discrete:
-            return value.to(torch.int64 if data.dtype == torch.int64 else torch.int32)
-    return value
 
 
 def _per_row(particles: Particles, terms: Mapping[str, Tensor]) -> Tensor:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["pack", "read_tensors", "replacing", "unpack", "write_tensors"]
+from pyro_vae.files import replacing
+
+__all__ = ["pack", "read_tensors", "replacing", "saving", "unpack", "write_tensors"]
 
 
 def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
@@ -50,25 +51,26 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``, renamed to it when the body is done: no half-written file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def saving(path: Path) -> Iterator[Path]:
+    """``replacing`` for what a training leaves: a failure is one line, and loses nothing.
+
+    Raises:
+        ValueError: the file can't be written (disk full, no permission).
+    """
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # safetensors makes its files private
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with replacing(path) as temporary:
+            yield temporary
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"{path}: can't be written: {why}; what was saved before is kept"
+        ) from None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Any = None) -> None:
     """Tensors and a JSON value, in one safetensors file, atomically."""
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
+    with saving(path) as temporary:
         save_file(copies, temporary, metadata={"meta": json.dumps(meta)})
 
 
@@ -76,7 +78,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
     """What ``write_tensors`` wrote.
 
     Raises:
-        ValueError: the file is missing, cut off or no safetensors file.
+        ValueError: the file is missing, cut off or no safetensors file; a pickle is not read.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -85,4 +87,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, json.loads((file.metadata() or {}).get("meta", "null"))
     except (SafetensorError, OSError, ValueError) as error:
+        if _is_pickle(path):
+            raise ValueError(
+                f"{path}: came a file of torch.save or pickle, which may run code when it is read, "
+                "wanted a safetensors file"
+            ) from None
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def _is_pickle(path: Path) -> bool:
+    with suppress(OSError), open(path, "rb") as file:
+        return file.read(2) in (b"PK", *(bytes([0x80, version]) for version in range(2, 6)))
+    return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,64 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_vae.batch import Batch
-from pyro_vae.data import describe, load, split
+from pyro_vae.data import describe, load
+from pyro_vae.data.on_demand import OnDemand
 
 
 @pytest.fixture(autouse=True)
-def _no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("PYRO_VAE_DATA", raising=False)
+    monkeypatch.setenv("PYRO_VAE_CACHE", str(tmp_path / "cache"))
 
 
 def save(path: Path, **arrays: Any) -> Path:
     np.savez(path, **arrays)
     return path
-
-
-# --- digits -------------------------------------------------------------------------------------
-
-
-def test_digits() -> None:
-    batch = load("digits")
-    assert batch.sites == ("x", "y")
-    assert batch["x"].shape == (1797, 64)
-    assert batch["x"].dtype == torch.float64
-    assert batch["y"].dtype == torch.int64
-    assert batch["x"].unique().tolist() == list(range(17))
-    assert batch["y"].unique().tolist() == list(range(10))
-    assert batch.incomplete == ()
-
-
-def test_digits_take_the_default_dtype() -> None:
-    torch.set_default_dtype(torch.float32)
-    assert load("digits")["x"].dtype == torch.float32
-
-
-@pytest.mark.parametrize("name", ["digits", "digits_binary"])
-def test_digits_splits_are_fixed_and_disjoint(name: str) -> None:
-    train, test, whole = (load(name, split=part) for part in ("train", "test", "all"))
-    assert (train.size, train.total, test.size, test.total) == (1437, 1437, 360, 360)
-    assert test.index.tolist() == list(range(360))
-
-    def rows(*batches: Batch) -> list[tuple[float, ...]]:
-        return sorted(tuple(row) for batch in batches for row in batch["x"].tolist())
-
-    assert rows(train, test) == rows(whole)
-    # Pinned: recorded numbers are of this split.
-    assert train["y"][:10].tolist() == [2, 8, 2, 6, 6, 7, 1, 9, 8, 5]
-
-
-def test_digits_binary_is_one_fixed_draw() -> None:
-    counts, binary = load("digits")["x"], load("digits_binary")["x"]
-    assert binary.unique().tolist() == [0, 1]
-    assert torch.equal(binary, load("digits_binary")["x"])
-    assert (binary[counts == 0] == 0).all()
-    assert (binary[counts == 16] == 1).all()
-    for count in range(1, 16):  # each within 5 standard errors of its probability
-        share = binary[counts == count]
-        p = count / 16
-        assert abs(share.mean() - p) < 5 * (p * (1 - p) / len(share)) ** 0.5
-    assert int(binary.sum()) == 35033  # pinned: the draw is part of the data set
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -172,26 +128,13 @@ def test_sites_selects_arrays(tmp_path: Path) -> None:
     assert load("digits", sites=["x"]).sites == ("x",)
 
 
-def test_static_binary_mnist_is_unpacked(tmp_path: Path) -> None:
-    bits = np.random.default_rng(0).integers(0, 2, (4, 784), dtype=np.uint8)
-    arrays = {"x_valid": np.packbits(bits, axis=1), "y_valid": np.arange(4, dtype=np.uint8)}
-    path = save(tmp_path / "mnist_static_binary.npz", **arrays)
-    batch = load(path, split="valid")
-    assert batch["x"].shape == (4, 28, 28)
-    assert batch["x"].dtype == torch.float64
-    assert batch["x"].flatten(1).tolist() == bits.tolist()
-    assert "unpacked" in describe(path, split="valid")["steps"][0]
-    with pytest.raises(ValueError, match=r"wanted bit-packed uint8 \[N, 98\]"):
-        load(save(path, x=np.zeros((4, 28, 28), dtype=np.uint8)))
-
-
 def test_folder_of_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "mine.npz", x=np.zeros((3, 2)))
     monkeypatch.setenv("PYRO_VAE_DATA", str(tmp_path))
     assert load("mine").size == 3
     assert describe("mine")["source"] == str(tmp_path / "mine.npz")
-    with pytest.raises(ValueError, match=r"'other' is unknown: .*'digits'.* has \['mine'\]"):
-        load("other")
+    with pytest.raises(ValueError, match=r"'mime' is unknown: .*'digits'.*did you mean 'mine'\?"):
+        load("mime")
     monkeypatch.setenv("PYRO_VAE_DATA", str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="nowhere, which is not a folder"):
         load("mine")
@@ -206,57 +149,111 @@ def test_record_of_a_file(tmp_path: Path) -> None:
     assert record["source"] == str(path)
     assert record["rows"] == 3
     assert record["sites"] == {"x": {"shape": [3, 2], "dtype": "float64", "missing": 0}}
-    assert record["steps"] == ["x: uint8 to floating, unscaled"]
+    step = {"site": "x", "step": "cast", "text": "x: uint8 to floating, unscaled"}
+    assert record["steps"] == [step]
+    assert (record["name"], record["split"], record["splits"]) == (str(path), "all", ["all"])
+    assert load(path).record == record
     assert json.loads(json.dumps(record)) == record
     before = record["sha256"]
     save(path, x=np.ones((3, 2), dtype=np.uint8))
     assert describe(path)["sha256"] != before
 
 
-def test_record_of_digits_names_the_seeds() -> None:
-    record = describe("digits_binary", split="train")
-    assert record["binarization"] == {"kind": "static", "draw": "count / 16", "seed": 0}
-    assert (record["split"], record["split_seed"], record["rows"]) == ("train", 0, 1437)
-    assert json.loads(json.dumps(record)) == record
-    assert describe("digits")["sha256"] == record["sha256"]
-    assert "split_seed" not in describe("digits")
+def test_levels_are_those_of_8_bit_images(tmp_path: Path) -> None:
+    path = save(
+        tmp_path / "a.npz",
+        x=np.full((3, 2, 2), 7, dtype=np.uint8),
+        binary=np.ones((3, 2, 2), dtype=np.uint8),
+        count=np.full((3, 2, 2), 7),
+        y=np.full(3, 7, dtype=np.uint8),
+    )
+    assert load(path).record["levels"] == {"x": 256}
+    assert "levels" not in load(path, sites=["y", "binary"]).record
 
 
-# --- split --------------------------------------------------------------------------------------
+# --- what is done to images ---------------------------------------------------------------------
 
 
-def test_split_divides_the_rows() -> None:
-    batch = Batch({"x": np.arange(10.0), "y": np.arange(10)})
-    parts = split(batch, (0.7, 0.2, 0.1), seed=3)
-    assert [(part.size, part.total) for part in parts] == [(7, 7), (2, 2), (1, 1)]
-    assert sorted(row for part in parts for row in part["x"].tolist()) == list(range(10))
-    assert all(torch.equal(part["x"].long(), part["y"]) for part in parts)
-    assert all(part.index.tolist() == list(range(part.size)) for part in parts)
-    again, other = (split(batch, (0.7, 0.2, 0.1), seed=seed) for seed in (3, 4))
-    assert torch.equal(parts[0]["x"], again[0]["x"])
-    assert not torch.equal(parts[0]["x"], other[0]["x"])
-    assert (batch.total, batch.size) == (10, 10)
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 5), dtype=np.uint8)
 
 
-def test_split_keeps_masks_fill_and_weights() -> None:
-    x = np.array([2.0, 3.0, np.nan, 5.0])
-    weights = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    for part in split(Batch({"x": x}, weights=weights), (0.5, 0.5)):
-        assert part.incomplete == ("x",)
-        assert part.fill == {"x": 3.0}
-        assert part.weights is not None
-        assert (part["x"][part.weights == 2] == 3).all()
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    parts = {"x_train": PIXELS, "x_test": PIXELS, "y_train": np.arange(6), "y_test": np.arange(6)}
+    return save(tmp_path / "images.npz", **parts)
 
 
-@pytest.mark.parametrize("fractions", [(), (0.5, 0.4), (1.2, -0.2), (0.0, 1.0), (0.9, 0.2)])
-def test_split_refuses_fractions(fractions: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match="positive numbers that add up to 1"):
-        split(Batch(size=10), fractions)
+@pytest.mark.parametrize("kind", ["static", "threshold"])
+def test_one_binarization(images: Path, kind: str) -> None:
+    batch = load(images, binarize=kind)
+    assert not isinstance(batch, OnDemand)
+    assert torch.equal(batch["x"], load(images, binarize=kind)["x"])
+    assert batch["x"].unique().tolist() == [0, 1]
+    assert batch.sites == ("x", "y")
+    (step,) = batch.record["steps"]
+    assert (step["site"], step["step"], step["kind"], step["seed"]) == ("x", "binarize", kind, 0)
+    assert "levels" not in batch.record
+    if kind == "threshold":
+        assert torch.equal(batch["x"] > 0, torch.from_numpy(PIXELS) > 127)
+    else:
+        assert not torch.equal(batch["x"], load(images, binarize=kind, seed=1)["x"])
+        assert not torch.equal(batch["x"], load(images, "test", binarize=kind)["x"])
 
 
-def test_split_refuses_an_empty_part() -> None:
-    with pytest.raises(ValueError, match="leave a part of the 3 rows empty"):
-        split(Batch(size=3), (0.1, 0.9))
+@pytest.mark.parametrize("options", [{"binarize": "dynamic"}, {"dequantize": True}])
+def test_drawn_anew_in_training_only(images: Path, options: dict[str, Any]) -> None:
+    train, test = load(images, **options), load(images, "test", **options)
+    assert isinstance(train, OnDemand)
+    assert not isinstance(test, OnDemand)
+    one, two = (train.rows(slice(None)) for _ in range(2))
+    assert not torch.equal(one["x"], two["x"])
+    assert torch.equal(one["y"], two["y"])
+    assert torch.equal(test["x"], load(images, "test", **options)["x"])
+    assert torch.equal(train.still()["x"], load(images, **options)["x"])
+    assert train.sites == test.sites
+    assert "anew" in train.record["steps"][0]["text"] or "whenever" in train.record["steps"][0]["text"]
+    assert "one fixed draw, by seed 0" in test.record["steps"][0]["text"]
+    assert json.loads(json.dumps(train.record)) == train.record
+
+
+def test_dequantized_record(images: Path) -> None:
+    record = describe(images, dequantize=True)
+    assert record["levels"] == {"x": 256}
+    (step,) = record["steps"]
+    assert step["step"] == "dequantize"
+    assert step["log_jacobian"] == pytest.approx(-math.log(256))
+
+
+def test_binarized_images_with_missing_pixels(tmp_path: Path) -> None:
+    observed = np.random.default_rng(1).random(PIXELS.shape) < 0.7
+    path = save(tmp_path / "a.npz", x=PIXELS, observed_x=observed)
+    for options in ({"binarize": "dynamic"}, {"binarize": "static"}):
+        rows = load(path, **options).rows([0, 3])
+        assert torch.equal(rows.mask("x"), torch.from_numpy(observed[[0, 3]]))
+        assert (rows["x"][~rows.mask("x")] == 0).all()
+    rows = load(path, dequantize=True).rows([0, 3])
+    assert (rows["x"][~rows.mask("x")] == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"binarize": "always"}, "binarize= came 'always', wanted one of"),
+        ({"binarize": "static", "dequantize": True}, "came binarize= and dequantize="),
+        ({"binarize": "static", "seed": 0.5}, "seed= came 0.5, wanted a whole number"),
+        ({"binarize": "static", "sites": ["y"]}, r"for 8-bit images, .* of the sites \['y'\]"),
+        ({"columns": ["a"]}, r"images.npz: came columns, which is for tables"),
+        ({"drop": "a"}, r"images.npz: came drop, which is for tables"),
+        ({"sites": {"x": ["a"]}}, r"images.npz: came sites= as a mapping, which is for tables"),
+        ({"size": (2, 2)}, r"images.npz: came size, which is for folders of images"),
+        ({"mmap": True}, r"images.npz: came mmap, which is for .npy files"),
+        ({"sites": []}, "sites= came empty"),
+        ({"sites": [3]}, "sites= came with 3, wanted names"),
+    ],
+)
+def test_options_that_do_not_fit(images: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(images, **options)
 
 
 # --- errors -------------------------------------------------------------------------------------
@@ -273,12 +270,12 @@ def test_split_refuses_an_empty_part() -> None:
         ({"x": np.array(["a", "b"])}, {}, "array 'x' holds <U1, wanted numbers; .* sites="),
         ({"x": np.zeros(2, complex)}, {}, "array 'x' holds complex128, wanted numbers"),
         ({"x": np.array([1, None])}, {}, "array 'x' holds Python objects, wanted numbers"),
-        ({"x": np.zeros(2)}, {"split": "train"}, "not stored in parts; divide it by"),
+        ({"x": np.zeros(2)}, {"split": "train"}, "not stored in parts; divide them by"),
         ({"x_train": np.zeros(2)}, {"split": "test"}, r"came 'test', wanted one of \['train'\]"),
         ({"x_train": np.zeros(2)}, {"split": "all"}, r"came 'all', wanted one of \['train'\]"),
         ({"x_test": np.zeros(2)}, {}, r"no training rows, only \['test'\]; name them"),
         ({"x_train": np.zeros(2), "z": np.zeros(2)}, {}, r"arrays \['z'\] belong to no split"),
-        ({"x": np.zeros(2)}, {"sites": ["q"]}, r"sites= names \['q'\], the file holds \['x'\]"),
+        ({"x": np.zeros(2)}, {"sites": ["q"]}, r"sites= names \['q'\], the data set holds \['x'\]"),
         ({"x": np.zeros(2)}, {"sites": "x"}, "sites= came the text 'x'"),
         ({"x": np.zeros(2), "observed_y": np.ones(2)}, {}, "is the mask of 'y', which is not"),
         ({"x": np.zeros(2), "observed_x": np.array([1, 7])}, {}, "'observed_x' is a mask, wanted"),
@@ -315,28 +312,29 @@ def test_damaged_array(tmp_path: Path) -> None:
         load(path)
 
 
-def test_not_an_npz_file(tmp_path: Path) -> None:
-    text = tmp_path / "a.csv"
-    text.write_text("x,y\n1,2\n")
+def test_not_a_data_set(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("1 2")
+    with pytest.raises(ValueError, match=r"a\.txt: came a file \.txt, wanted one of \.npz, \.npy, "):
+        load(tmp_path / "a.txt")
+    (tmp_path / "a.npz").write_text("x,y\n1,2\n")
     with pytest.raises(ValueError, match=r"not an \.npz file"):
-        load(text)
-    with pytest.raises(ValueError, match="came a folder"):
-        load(tmp_path)
-    np.save(tmp_path / "a.npy", np.zeros(3))
-    with pytest.raises(ValueError, match=r"not an \.npz file"):
-        load(tmp_path / "a.npy")
+        load(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match="came a list, wanted a name, a path or a DataFrame"):
+        load([1, 2])  # type: ignore[arg-type]
 
 
-def test_unknown_names(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'mnist' is unknown: .*set PYRO_VAE_DATA to a folder"):
-        load("mnist")
+def test_unknown_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"'digit' is unknown: .*; did you mean 'digits'\?"):
+        load("digit")
+    with pytest.raises(ValueError, match=r"'zzz' is unknown: .*'mnist'.*set PYRO_VAE_DATA"):
+        load("zzz")
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"did you mean the path './photos'\?"):
+        load("photos")
     for path in (tmp_path / "none.npz", "none.npz", Path("digits")):
         with pytest.raises(FileNotFoundError, match="no such file"):
             load(path)
-    with pytest.raises(ValueError, match="came 'valid', wanted one of"):
-        load("digits", split="valid")
-    with pytest.raises(ValueError, match=r"digits: sites= names \['q'\]"):
-        load("digits", sites=["q"])
 
 
 def test_too_large_for_the_default_dtype(tmp_path: Path) -> None:

@@ -1,0 +1,287 @@
+"""Commands that use a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from torch import Tensor
+
+from pyro_vae import data
+from pyro_vae.batch import Batch
+from pyro_vae.cli.options import (
+    Device,
+    ImageShape,
+    Json,
+    Particles,
+    RunData,
+    RunFolder,
+    RunPair,
+    Seed,
+    Sites,
+    Split,
+    app,
+    dumps,
+    image_shape,
+    show,
+)
+from pyro_vae.cli.source import Source, check_alike
+from pyro_vae.evaluation import predict
+from pyro_vae.files import replacing
+from pyro_vae.reporting import plots, tables
+from pyro_vae.reporting.arviz import to_arviz
+from pyro_vae.reporting.style import FORMATS
+from pyro_vae.saved import changed, load
+from pyro_vae.training.fit import Run
+from pyro_vae.training.runs import Folder
+
+__all__ = ["encode", "evaluate", "export", "reconstruct", "sample"]
+
+Out = Annotated[Path, typer.Option("--out", help="file to write; its suffix says what")]
+Raw = Annotated[
+    bool, typer.Option("--raw", help="leave values scaled as the model has them, not as they came")
+]
+Draws = Annotated[int, typer.Option(min=1, help="draws from the posterior of a row")]
+Rows = Annotated[int | None, typer.Option(min=1, help="the first ROWS only")]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run, and where its data are.
+
+    Args:
+        path: run folder.
+        pair: what builds its pair, unless a ready builder does.
+        data: other data than the run's.
+        device: where to work.
+    """
+
+    path: Path
+    pair: str | None
+    data: str | None
+    device: str = "auto"
+
+    def run(self) -> Run:
+        return load(self.path, self.pair, device=self.device)
+
+    def source(self, sites: str | None = None) -> Source:
+        """The data of the run, or those given instead, with the same done to them."""
+        config = Folder(self.path).config()
+        made = config.get("command", {})
+        if self.data is None and "data" not in made:
+            raise ValueError(f"{self.path}: it does not say of which data; say so by --data")
+        name = self.data or made["data"]
+        try:
+            return Source(name, sites or made.get("sites"), made.get("data_options"))
+        except FileNotFoundError as error:
+            if self.data:
+                raise
+            raise ValueError(
+                f"{self.path}: its data are gone: {error}; say where by --data"
+            ) from None
+
+    def rows(self, split: str, rows: int | None = None) -> Batch:
+        """Rows of a split as the run's training rows were made."""
+        config = Folder(self.path).config()
+        judged = self.source().judged(split, config.get("data", {}))
+        shapes = {site: list(judged.shape(site)[1:]) for site in judged}
+        example = Folder(self.path).example()
+        if isinstance(example, Batch):
+            shapes = {site: list(example.shape(site)[1:]) for site in example}
+        check_alike(shapes, judged, split)
+        return judged if rows is None else judged.rows(slice(0, rows))
+
+    def changed(self, run: Run, source: Source) -> str:
+        """Files that are not what they were when the run was made."""
+        made = run.config.get("command", {})
+        same = self.data or made.get("data_sha256") in (None, source.record.get("sha256"))
+        return ", ".join(
+            filter(None, ["" if same else made["data"], changed(run.config, run.model)])
+        )
+
+    def write(
+        self,
+        out: Path,
+        arrays: Mapping[str, Tensor],
+        raw: bool = False,
+        shape: str | None = None,
+        originals: Batch | None = None,
+    ) -> None:
+        """Write what a model made of rows by the suffix of ``out``: a figure, or a table."""
+        record = Folder(self.path).config().get("data", {})
+        if not raw:
+            arrays = {name: data.undo(record, name, value) for name, value in arrays.items()}
+        if out.suffix in FORMATS:
+            plots.save(_picture(arrays, originals, record, shape, raw), out)
+        else:
+            columns = record.get("columns") or {}
+            tables.write(out, {name: value.numpy() for name, value in arrays.items()}, columns)
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in arrays.items())
+        typer.echo(f"{out}: {shapes}")
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    data_name: RunData = None,
+    pair: RunPair = None,
+    split: Split = "test",
+    num_particles: Particles = 500,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Judge a run on held-out rows.
+
+    log p(x) >=, ELBO, rate and active units, each with its standard error over rows; bits/dim too for
+    8-bit images.
+
+    \b
+    pyro-vae evaluate runs/a -K 5000
+    """
+    opened = Opened(run, pair, data_name, device)
+    kept = opened.run()
+    source, rows = opened.source(), opened.rows(split)
+    result = kept.evaluate(rows, num_particles, seed=seed)
+    if files := opened.changed(kept, source):
+        typer.echo(f"note: changed since the run: {files}", err=True)
+    summary = result.summary() | {"data": source.place, "split": split}
+    show(summary, str(result), as_json)
+    Folder(run).write("metrics.json", dumps(summary, indent=2) + "\n")
+
+
+@app.command()
+def sample(
+    run: RunFolder,
+    out: Out,
+    num: Annotated[int, typer.Option("--num", "-n", min=1, help="rows")] = 64,
+    mean: Annotated[
+        bool, typer.Option("--mean", help="expected values given z, instead of draws")
+    ] = False,
+    sites: Sites = None,
+    raw: Raw = False,
+    shape: ImageShape = None,
+    pair: RunPair = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Draw new rows from the model.
+
+    \b
+    pyro-vae sample runs/a --num 100 --out samples.npz
+    pyro-vae sample runs/a --out samples.png
+    """
+    opened = Opened(run, pair, None, device)
+    drawn = predict.sample(opened.run().model, num, sites=_names(sites), mean=mean, seed=seed)
+    opened.write(out, drawn, raw, shape)
+
+
+@app.command()
+def reconstruct(
+    run: RunFolder,
+    out: Out,
+    data_name: RunData = None,
+    split: Split = "test",
+    rows: Rows = None,
+    draws: Draws = 16,
+    raw: Raw = False,
+    shape: ImageShape = None,
+    pair: RunPair = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Expected data given what the guide makes of each row; fills in what is missing.
+
+    \b
+    pyro-vae reconstruct runs/a --out filled.csv
+    pyro-vae reconstruct runs/a --rows 10 --out reconstructions.png
+    """
+    opened = Opened(run, pair, data_name, device)
+    kept, batch = opened.run(), opened.rows(split, rows)
+    means = predict.reconstruct(kept.model, kept.guide, batch, num_draws=draws, seed=seed)
+    opened.write(out, means, raw, shape, batch)
+
+
+@app.command()
+def encode(
+    run: RunFolder,
+    out: Out,
+    data_name: RunData = None,
+    split: Split = "test",
+    draws: Draws = 64,
+    pair: RunPair = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Write the posterior mean and standard deviation of every row's latents.
+
+    \b
+    pyro-vae encode runs/a --out codes.csv
+    pyro-vae encode runs/a --split train --out codes.parquet
+    """
+    opened = Opened(run, pair, data_name, device)
+    kept, batch = opened.run(), opened.rows(split)
+    codes = predict.encode(kept.model, kept.guide, batch, num_draws=draws, seed=seed)
+    opened.write(out, {"row": batch.index, **codes})
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    out: Out,
+    data_name: RunData = None,
+    split: Split = "test",
+    rows: Rows = 100,
+    draws: Draws = 200,
+    pair: RunPair = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Write posterior draws, predictive draws and importance weights for ArviZ (netCDF).
+
+    \b
+    pyro-vae export runs/a --out runs/a/posterior.nc
+    python -c "import arviz as az; print(az.from_netcdf('runs/a/posterior.nc'))"
+    """
+    if out.suffix != ".nc":
+        raise ValueError(f"--out: came {out}, wanted a name that ends in .nc")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out: {out}: no such folder: {out.parent}")
+    opened = Opened(run, pair, data_name, device)
+    kept, batch = opened.run(), opened.rows(split, rows)
+    idata = to_arviz(kept.model, kept.guide, batch, draws, seed=seed)
+    with replacing(out) as temporary:
+        idata.to_netcdf(str(temporary))
+    typer.echo(f"{out}: {draws} draws of {len(batch)} rows")
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def _picture(
+    arrays: Mapping[str, Tensor],
+    originals: Batch | None,
+    record: Mapping[str, Any],
+    shape: str | None,
+    raw: bool,
+) -> Any:
+    """Samples, or reconstructions below the originals, of the one site that is data."""
+    seen = record.get("sites", {}) if originals is None else originals
+    sites = [name for name in arrays if name in seen] or list(arrays)
+    if len(sites) > 1:
+        raise ValueError(f"--out: a figure is of one site, came {sites}; say which by --sites")
+    (site,) = sites
+    options: dict[str, Any] = {
+        "image_shape": image_shape(shape),
+        "names": record.get("columns", {}).get(site),
+    }
+    if originals is None:
+        return plots.samples(arrays[site].numpy(), **options)
+    data_values = originals[site] if raw else data.undo(record, site, originals[site])
+    return plots.reconstructions(
+        data_values.numpy(), arrays[site].numpy(), originals.mask(site).numpy(), **options
+    )

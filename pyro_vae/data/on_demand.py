@@ -1,0 +1,307 @@
+"""Rows that are made when they are taken: drawn anew, or read from files larger than memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_vae.batch import Batch
+from pyro_vae.data.draws import Draw
+from pyro_vae.data.source import Array, numbers
+
+__all__ = ["LOOK", "Column", "OnDemand", "Present"]
+
+LOOK = 10_000  # rows of a mapped file that stand for all before training
+
+
+LATE = (
+    "NaN in row {row} and in none of the first "
+    f"{LOOK}, which say whether entries are missing; save where they are observed as "
+    "observed_SITE.npy beside SITE.npy, in a folder"
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """The values of a site, made for the rows that are taken.
+
+    Attributes:
+        name: what errors call it.
+        source: ``[M, *event]`` numbers as they are stored: a uint8 tensor, or a mapped file.
+        ids: ``[B]`` numbers of the rows in ``source``.
+        dtype: of the values.
+        device: where rows go.
+        draw: what is drawn for 8-bit images.
+        mean, scale: ``[*event]``, of values that are standardized.
+        incomplete: whether NaN is expected; it means missing.
+    """
+
+    name: str
+    source: Tensor | Array
+    ids: Tensor
+    dtype: torch.dtype
+    device: torch.device
+    draw: Draw | None = None
+    mean: Tensor | None = None
+    scale: Tensor | None = None
+    incomplete: bool = False
+
+    @property
+    def mapped(self) -> bool:
+        return not isinstance(self.source, Tensor)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.ids), *self.source.shape[1:])
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Values of rows, ``[b, *event]``; NaN where missing."""
+        rows = self._rows(index)
+        stored = self.stored(rows)
+        if self.draw is None:
+            value = stored.to(self.dtype)
+        else:
+            value = self.draw(stored, rows.to(stored.device), self.dtype)
+        if self.mean is not None and self.scale is not None:
+            value = (value - self.mean) / self.scale
+        return value
+
+    def present(self, index: Any) -> Tensor:
+        """Where rows are not NaN."""
+        return ~self.stored(self._rows(index)).isnan()
+
+    def stored(self, rows: Tensor) -> Tensor:
+        """What ``source`` holds of rows, on the device."""
+        if isinstance(self.source, Tensor):
+            return self.source[rows]
+        array = self.source[rows.numpy()]
+        array = np.array(array) if self.draw is not None else numbers(array)
+        if array.dtype.kind == "f":
+            self._check(np.isinf(array), rows, "infinite entries in row {row}; NaN means missing")
+            if not self.incomplete:
+                self._check(np.isnan(array), rows, LATE)
+        return torch.from_numpy(array).to(self.device)
+
+    def part(self, index: Any) -> Column:
+        """The column of some of the rows."""
+        return replace(self, ids=self._rows(index))
+
+    def to(self, device: torch.device | str | None = None, dtype: Any = None) -> Column:
+        """Move what is in memory; a mapped column only notes where its rows go."""
+        dtype = dtype or self.dtype
+        new: dict[str, Any] = {"dtype": dtype, "device": torch.device(device or self.device)}
+        if isinstance(self.source, Tensor):
+            new |= {"source": self.source.to(device), "ids": self.ids.to(device)}
+        if self.mean is not None and self.scale is not None:
+            new |= {"mean": self.mean.to(device, dtype), "scale": self.scale.to(device, dtype)}
+        return replace(self, **new)
+
+    def _rows(self, index: Any) -> Tensor:
+        return self.ids[index.to(self.ids.device) if isinstance(index, Tensor) else index]
+
+    def _check(self, bad: Array, rows: Tensor, problem: str) -> None:
+        if bad.any():
+            row = int(rows[int(np.argmax(bad.reshape(len(bad), -1).any(1)))])
+            raise ValueError(f"{self.name}: {problem.format(row=row)}")
+
+
+@dataclass(frozen=True)
+class Present:
+    """Where a mapped site is observed, found for the rows that are taken.
+
+    Attributes:
+        values: the site.
+        mask: what is stored of it, as floating or whole numbers.
+    """
+
+    values: Column
+    mask: Column | None = None
+
+    @property
+    def mapped(self) -> bool:
+        return True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def is_floating_point(self) -> bool:
+        return False
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Bool ``[b, *event]``."""
+        present = self.values.present(index)
+        return present if self.mask is None else present & self.mask[index].bool()
+
+    def part(self, index: Any) -> Present:
+        return self._each(lambda column: column.part(index))
+
+    def to(self, device: torch.device | str | None = None) -> Present:
+        return self._each(lambda column: column.to(device))
+
+    def _each(self, change: Callable[[Column], Column]) -> Present:
+        return Present(change(self.values), None if self.mask is None else change(self.mask))
+
+
+class OnDemand(Batch):
+    """A batch some of whose sites are made when rows are taken.
+
+    ``rows`` returns plain batches. Two kinds of sites are made so:
+
+    * 8-bit images that are binarized or dequantized anew: ``rows`` draws from torch's global
+      generator (or, with a draw per epoch, ``epoch`` says which), while ``batch["x"]``, ``still()``
+      and ``look()`` are the one draw to judge by, the same every time.
+    * sites in mapped files: ``rows`` reads those rows and no others, and moves them to ``device``.
+      The whole of such a site is refused. What stands for all rows before training, the check of
+      the support and the ready pairs' starting values, looks at the first 10,000. Whether entries
+      are missing is looked for there too, unless a mask is stored, and a NaN found later is an
+      error. ``compare``, and what else asks for whole sites, needs data in memory. Numbers of rows
+      are in memory, 8 bytes each.
+
+    Args:
+        values: site -> values in memory, or how they are made. At least one is made.
+        observed: site -> where observed, of sites that miss something.
+        fill: site -> number that missing entries read as.
+        record: as ``Batch`` has it.
+    """
+
+    _values: dict[str, Any]
+    _observed: dict[str, Any]
+
+    def __init__(
+        self,
+        values: Mapping[str, Tensor | Column],
+        observed: Mapping[str, Any] | None = None,
+        *,
+        fill: Mapping[str, float] | None = None,
+        record: Mapping[str, Any] | None = None,
+    ) -> None:
+        observed, fill = dict(observed or {}), dict(fill or {})
+        made = {site: value for site, value in values.items() if isinstance(value, Column)}
+        held = {site: value for site, value in values.items() if site not in made}
+        super().__init__(
+            held,
+            {site: mask for site, mask in observed.items() if site in held},
+            size=next(iter(made.values())).shape[0],
+            fill={site: number for site, number in fill.items() if site in held},
+            record=record,
+        )
+        self._values = {site: made.get(site, self._values.get(site)) for site in values}
+        self._observed |= {site: mask for site, mask in observed.items() if site in made}
+        self._fill |= {site: fill[site] for site in made if site in observed}
+
+    @property
+    def mapped(self) -> bool:
+        """Whether rows are read from files."""
+        return any(column.mapped for column in self._made().values())
+
+    def __getitem__(self, site: str) -> Tensor:
+        """Values ``[B, *event]`` of a site in memory, as one draw.
+
+        Raises:
+            ValueError: the site is in a mapped file.
+        """
+        return self._whole(site, super().__getitem__(site))
+
+    def shape(self, site: str) -> tuple[int, ...]:
+        return tuple(super().__getitem__(site).shape)
+
+    def mask(self, site: str) -> Tensor:
+        if site in self._observed:
+            return self._whole(site, self._observed[site])
+        return super().mask(site)
+
+    def epoch(self, seed: int, number: int) -> Batch:
+        return self._draws(lambda draw: draw.epoch(seed, number))
+
+    def still(self) -> Batch:
+        """The rows as one fixed draw; a plain batch unless they are read from files."""
+        fixed = self._draws(Draw.still)
+        return fixed if self.mapped else fixed.rows(slice(None))
+
+    def look(self, rows: int = LOOK) -> Batch:
+        fixed = self.still()
+        return fixed.rows(slice(0, rows)) if self.mapped else fixed
+
+    def rows(self, index: Any) -> Batch:
+        new = super().rows(index)
+        for site in self._made():
+            if site in new._observed:
+                fill = torch.as_tensor(self._fill[site]).to(new._values[site])
+                new._values[site] = torch.where(new._observed[site], new._values[site], fill)
+        return new
+
+    def part(self, index: Tensor) -> Batch:
+        """Some of the rows, which go on being made when they are taken."""
+        return self._map(lambda held: held[index] if isinstance(held, Tensor) else held.part(index))
+
+    def hide(self, site: str, mask: Any) -> Batch:
+        new = super().hide(site, mask)
+        new._values[site] = self._values[site]  # goes on being drawn anew
+        return new
+
+    def steps(self, site: str) -> Batch:
+        if site in self._made():
+            raise ValueError(
+                f"site {site!r}: steps() came rows that are made when they are taken, wanted values: "
+                "batch.still().steps(...)"
+            )
+        return super().steps(site)
+
+    def scaled(self, site: str, mean: Tensor, scale: Tensor) -> Batch:
+        """The site as (x - mean) / scale, ``[*event]``; missing entries read as 0."""
+        new = self._map(lambda held: held)
+        held = self._values[site]
+        mean, scale = mean.to(held.device, held.dtype), scale.to(held.device, held.dtype)
+        if isinstance(held, Tensor):
+            value = (held - mean) / scale
+            complete = site not in self._observed
+            new._values[site] = value if complete else value.where(self._observed[site], 0.0)
+        elif held.mean is None or held.scale is None:
+            new._values[site] = replace(held, mean=mean, scale=scale)
+        else:
+            both = {"mean": held.mean + held.scale * mean, "scale": held.scale * scale}
+            new._values[site] = replace(held, **both)
+        if site in self._fill:
+            new._fill[site] = 0.0
+        return new
+
+    def _made(self) -> dict[str, Column]:
+        return {site: v for site, v in self._values.items() if isinstance(v, Column)}
+
+    def _draws(self, change: Callable[[Draw], Draw]) -> Batch:
+        def changed(held: Any) -> Any:
+            draw = held.draw if isinstance(held, Column) else None
+            return held if draw is None else replace(held, draw=change(draw))
+
+        return self._map(changed)
+
+    def _whole(self, site: str, held: Any) -> Tensor:
+        if isinstance(held, Tensor):
+            return held
+        if held.mapped:
+            size = math.prod(held.shape) * torch.get_default_dtype().itemsize / 2**30
+            raise ValueError(
+                f"site {site!r}: the whole of a mapped file was asked for, {list(held.shape)}, "
+                f"{size:.1f} GiB in memory; take rows(index) or look(n), or load it without mmap=True"
+            )
+        return self.still()[site]
+
+    def _map(self, move: Callable[[Any], Any]) -> Batch:
+        new = super()._map(move)
+        if any(isinstance(value, Column) for value in new._values.values()):
+            new.__class__ = OnDemand
+        return new
+
+    def __repr__(self) -> str:
+        made = ", ".join(self._made())
+        return f"OnDemand{super().__repr__().removeprefix('Batch')[:-1]}; made when taken: {made})"

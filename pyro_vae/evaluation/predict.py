@@ -1,0 +1,421 @@
+"""What a pair makes of rows: samples and completions, codes, reconstructions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae.batch import Batch, Condition, still, take
+from pyro_vae.evaluation.likelihood import CELLS, check_rows, device_of, entries_per_row, judging
+from pyro_vae.evaluation.sites import (
+    beside,
+    event_dim_of,
+    expected,
+    indicators,
+    is_drawn,
+    moments,
+    where_data,
+    whole,
+)
+from pyro_vae.objectives.plan import Plan, make_plan, other_values
+from pyro_vae.objectives.support import check_data, kind
+from pyro_vae.objectives.tracing import Replay, Site, trace, unmasked_fn, unwrap
+
+__all__ = [
+    "batches",
+    "encode",
+    "generate",
+    "joined",
+    "means",
+    "ready",
+    "reconstruct",
+    "sample",
+    "whole_numbers",
+]
+
+Program = Callable[..., Any]
+
+
+def sample(
+    model: Program,
+    num_rows: int | None = None,
+    *,
+    given: Batch | Tensor | None = None,
+    guide: Program | None = None,
+    sites: Collection[str] | None = None,
+    mean: bool = False,
+    batch_size: int = 250,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """One draw of every site for each of ``num_rows`` fresh rows, or for each row of ``given``.
+
+    What ``given`` holds counts as data and comes back unchanged; missing entries and other sites
+    are drawn from the guide where it has them, else from the model. So this generates (no
+    ``given``), generates under conditions (labels as ``given``), completes rows, and predicts one
+    modality from another (both with the guide). For several draws a row, repeat it:
+    ``given.rows(torch.arange(n).repeat_interleave(100))``.
+
+    Args:
+        num_rows: N; not with ``given``, whose rows they are.
+        sites: those to return (default: every site of the model).
+        mean: instead of a draw, the mean given the draws of all other sites (expected pixels), at
+            sites that the guide does not draw and on which no other site depends; at labels
+            (``Categorical``) the probabilities of the classes ``[N, *event, C]``.
+        batch_size: rows at a time.
+        seed: of all draws; the global random state is left as it was.
+
+    Returns:
+        site -> ``[N, *event]``.
+
+    Raises:
+        ValueError: no rows, a site that the model lacks or that lies outside the plate over rows, a
+            mean that is not known.
+    """
+    if (num_rows is None) == (given is None):
+        raise ValueError("sample: wanted either num_rows, or given= with the rows to go on from")
+    whole_numbers("sample", num_rows=num_rows, batch_size=batch_size)
+    given = Batch(size=num_rows) if given is None else given
+    check_rows("sample: given", given)
+    guide = guide or _draws_nothing
+    with judging(
+        model, guide, seed
+    ):  # a look of its own, so that the draws are those of mean=False
+        data = still(given).to(device_of(model, guide, given))
+        leaves = _leaves(model, guide, take(data, slice(0, 2))) if mean else set()
+    parts = []
+    with judging(model, guide, seed):
+        for _, rows in batches(data, batch_size):
+            found = _draw(model, guide, rows)[1]
+            if unknown := set(sites or ()) - set(found):
+                raise ValueError(
+                    f"sample: came sites {sorted(unknown)}, the model has {list(found)}"
+                )
+            wanted = [site for name, site in found.items() if sites is None or name in sites]
+            parts.append({s["name"]: _sampled(s, rows, s["name"] in leaves) for s in wanted})
+    return joined("sample", parts, len(data))
+
+
+def encode(
+    model: Program,
+    guide: Program,
+    data: Batch | Tensor,
+    *,
+    num_draws: int = 64,
+    batch_size: int = 250,
+    chunk: int | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Mean and standard deviation of the guide's latents, row by row.
+
+    Exact where the guide gives a distribution whose moments are known and that depends on no other
+    draw; else from draws, with the known moments given those draws. The mean of a label
+    (``Categorical``) is that of its indicators: the probabilities of the classes ``[N, *event, C]``.
+
+    Args:
+        data: rows, as the programs take them.
+        num_draws: per row, where draws are needed.
+        batch_size: rows at a time.
+        chunk: draws at a time (default: by the size of a row).
+        seed: of all draws; the global random state is left as it was.
+
+    Returns:
+        ``z`` and ``z_sd`` for every latent ``z``, each ``[N, *event]``. What the guide proposes for
+        missing data is among them; the data stand where they are observed.
+
+    Raises:
+        ValueError: no rows, a guide without latents, sites outside the plate over rows.
+    """
+    whole_numbers("encode", at_least=2, num_draws=num_draws)
+    whole_numbers("encode", batch_size=batch_size, chunk=chunk)
+    parts = []
+    with ready("encode", model, guide, seed, data) as (plan, data):
+        sites, _ = _infer(guide, take(data, slice(0, 2)), plan.nesting)
+        draws = 1 if len(sites) == 1 and all(map(moments, sites.values())) else num_draws
+        for _, rows in batches(data, batch_size):
+            latents: dict[str, _OverDraws] = {}
+            for size in _sizes(draws, chunk, rows):
+                for name, site in _infer(guide, rows, plan.nesting, size)[0].items():
+                    if is_drawn(site) and not site["infer"].get("is_auxiliary"):
+                        latents.setdefault(name, _OverDraws()).add(site, plan, size)
+            part: dict[str, Tensor] = {}
+            for name, over_draws in latents.items():
+                part[name], part[f"{name}_sd"] = over_draws.mean(), over_draws.deviation()
+            parts.append(part)
+    return joined("encode", parts, len(data))
+
+
+def reconstruct(
+    model: Program,
+    guide: Program,
+    data: Batch | Tensor,
+    *,
+    num_draws: int = 16,
+    batch_size: int = 250,
+    chunk: int | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """E[x | z] averaged over the guide's draws of z, for every site that is data.
+
+    Missing entries are predicted like the others. The mean is given all that the model draws before
+    the site, other data included; draws take its place where it is not known. Labels
+    (``Categorical``) give the probabilities of the classes ``[N, *event, C]``.
+
+    Args:
+        data: rows, as the programs take them.
+        num_draws: per row.
+        batch_size: rows at a time.
+        chunk: draws at a time (default: by the size of a row).
+        seed: of all draws; the global random state is left as it was.
+
+    Returns:
+        site -> ``[N, *event]``.
+
+    Raises:
+        ValueError: no rows, a guide without latents, sites outside the plate over rows.
+    """
+    whole_numbers("reconstruct", num_draws=num_draws, batch_size=batch_size, chunk=chunk)
+    parts = []
+    with ready("reconstruct", model, guide, seed, data) as (plan, data):
+        for _, rows in batches(data, batch_size):
+            part: dict[str, Tensor] = {}
+            for size in _sizes(num_draws, chunk, rows):
+                sites = _draw(model, guide, rows, plan.nesting, size)[1]
+                for name, mean in means("reconstruct", sites, plan, size, draw=True).items():
+                    term = mean.mean(0) * (size / num_draws)
+                    part[name] = part[name] + term if name in part else term
+            parts.append(part)
+    return joined("reconstruct", parts, len(data))
+
+
+# ---------------------------------------------------------------------------------------------
+# Runs
+
+
+@contextmanager
+def ready(
+    what: str, model: Program, guide: Program, seed: int, *data: Batch | Tensor
+) -> Iterator[tuple[Any, ...]]:
+    """The plan of a pair whose latents belong to rows, and its data: fixed, and where the pair is.
+
+    Raises:
+        ValueError: no rows, a guide without latents, sites outside the plate over rows; begins with
+            ``what`` was asked for.
+    """
+    for rows in data:
+        check_rows(f"{what}: data", rows)
+    with judging(model, guide, seed):
+        place = device_of(model, guide, data[0])
+        fixed = [still(rows).to(place) for rows in data]
+        plan = make_plan(model, guide, (take(fixed[0], slice(0, 2)),), {})
+        for rows in fixed:
+            check_data(plan.supports, rows.look() if isinstance(rows, Batch) else rows)
+        if not plan.rows or plan.outside:
+            raise ValueError(
+                f"{what}: sites {sorted(plan.outside)} lie outside the plate over rows, so they are "
+                "not a row's own; put every site into that plate"
+            )
+        if not plan.sites[0]:
+            raise ValueError(f"{what}: the guide has no latents: it draws nothing")
+        yield plan, *fixed
+
+
+def batches(data: Batch | Tensor, size: int) -> Iterator[tuple[slice, Any]]:
+    """Rows after rows, and which they are."""
+    for start in range(0, len(data), size):
+        rows = slice(start, start + size)
+        yield rows, take(data, rows)
+
+
+def _sizes(num_draws: int, chunk: int | None, rows: Batch | Tensor) -> Iterator[int]:
+    chunk = chunk or max(1, CELLS // (entries_per_row(rows) * len(rows)))
+    for done in range(0, num_draws, chunk):
+        yield min(chunk, num_draws - done)
+
+
+def joined(what: str, parts: list[dict[str, Tensor]], rows: int) -> dict[str, Tensor]:
+    """Tensors of batches of rows as one each."""
+    out = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+    if wrong := {len(value) for value in out.values()} - {rows}:
+        raise ValueError(
+            f"{what}: the programs made {sorted(wrong)} rows of {rows}; make their plate over rows "
+            "hold all rows of the data they are given"
+        )
+    return out
+
+
+def _draws_nothing(*args: Any) -> None:
+    """The guide that leaves everything to the model."""
+
+
+def _infer(
+    guide: Program, rows: Batch | Tensor, nesting: int = 0, size: int = 1
+) -> tuple[dict[str, Site], dict[str, Tensor]]:
+    """The guide's sites, data where observed, and the subsamples of plates."""
+    around = [Condition(rows, proposing=True)] if isinstance(rows, Batch) else []
+    return trace(guide, (rows,), {}, around, size, nesting)
+
+
+def generate(
+    model: Program,
+    rows: Batch | Tensor,
+    values: Mapping[str, Tensor],
+    nesting: int = 0,
+    size: int = 1,
+    handlers: Iterable[Any] = (),
+) -> dict[str, Site]:
+    """The model's sites: data as they are, latents as in ``values``, the rest drawn. Handlers have
+    the last word."""
+    bare, batch = unwrap(model, (rows,))
+    around = [Condition(batch, proposed=values)] if batch is not None else []
+    return trace(bare, (rows,), {}, [*handlers, Replay(values), *around], size, nesting)[0]
+
+
+def _draw(
+    model: Program, guide: Program, rows: Batch | Tensor, nesting: int = 0, size: int = 1
+) -> tuple[dict[str, Site], dict[str, Site]]:
+    """The guide's sites, and the model's under its draws."""
+    drawn, subsamples = _infer(guide, rows, nesting, size)
+    values = {**subsamples, **{name: site["value"] for name, site in drawn.items()}}
+    return drawn, generate(model, rows, values, nesting, size)
+
+
+def _leaves(model: Program, guide: Program, rows: Batch | Tensor) -> set[str]:
+    """Sites that the model draws and on which no other depends: each is changed, and the densities
+    of the others looked at."""
+    drawn, sites = _draw(model, guide, rows)
+    bare, _ = unwrap(model, (rows,))
+    values = {name: site["value"] for name, site in sites.items()}
+
+    def densities(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        torch.manual_seed(0)  # the same noise, if a program has some beside its sites
+        again, _ = trace(bare, (rows,), {}, [Replay(values)])
+        return {name: site["fn"].log_prob(site["value"]) for name, site in again.items()}
+
+    def is_leaf(name: str) -> bool:
+        changed = other_values(unmasked_fn(sites[name]), values[name])
+        after = [densities({**values, name: other}) for other in changed]
+        others = set(before) - {name}
+        return all(torch.equal(each[other], before[other]) for each in after for other in others)
+
+    before = densities(values)
+    candidates = set(sites) - set(drawn)
+    return {s for s in candidates if where_data(sites[s]) is not True and is_leaf(s)}
+
+
+# ---------------------------------------------------------------------------------------------
+# Sites
+
+
+def means(
+    what: str, sites: Mapping[str, Site], plan: Plan, size: int = 1, draw: bool = False
+) -> dict[str, Tensor]:
+    """Means ``[K, B, *event]`` of the sites that are data, and that the guide does not propose.
+
+    Args:
+        draw: let a draw stand for a mean that is not known.
+
+    Raises:
+        ValueError: a mean that is not known, or that there is none.
+    """
+    out, proposed = {}, {name for name, _ in plan.sites[0]}
+    for name, site in sites.items():
+        if site["is_observed"] and name not in proposed:
+            fn = unmasked_fn(site)
+            mean = _mean(what, name, fn, fn() if draw else None)
+            out[name] = plan.canonical(mean, event_dim_of(fn), size, True)
+    return out
+
+
+def _mean(what: str, name: str, fn: Any, else_: Tensor | None = None) -> Tensor:
+    mean = expected(fn)
+    mean = else_ if mean is None else mean
+    if mean is None or bool(mean.isnan().any()):
+        known = "known" if mean is None else "a number"
+        raise ValueError(f"{what}: site {name!r}: the mean of its {kind(fn)} is not {known}")
+    return mean
+
+
+class _OverDraws:
+    """Mean and standard deviation of a latent, from its moments given what it depends on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.start = self.first = self.second = self.within = torch.zeros(())
+
+    def add(self, site: Site, plan: Plan, size: int) -> None:
+        """``size`` more draws."""
+        fn, value, data = site["fn"], site["value"], site["infer"].get("observed")
+        mean, variance = moments(site) or (value, torch.zeros_like(value))
+        if data is not None:
+            data = beside(fn, data)
+            mean = torch.where(data, indicators(fn, value).to(mean), mean)
+            variance = torch.where(data, torch.zeros_like(variance), variance)
+        mean, variance = (
+            plan.canonical(moment, event_dim_of(fn), size, True) for moment in (mean, variance)
+        )
+        if not self.count:
+            self.start = mean[0]  # the mean of equal numbers is that number, to the last digit
+        off = mean.double() - self.start.double()
+        self.count += len(mean)
+        self.first = self.first + off.sum(0)
+        self.second = self.second + off.square().sum(0)
+        self.within = self.within + variance.double().sum(0)
+
+    def mean(self) -> Tensor:
+        return self._as_came(self.start.double() + self.first / self.count)
+
+    def deviation(self) -> Tensor:
+        between = (self.second - self.first.square() / self.count) / max(1, self.count - 1)
+        return self._as_came((self.within / self.count + between.clamp(min=0)).sqrt())
+
+    def _as_came(self, value: Tensor) -> Tensor:
+        floating = self.start.is_floating_point()
+        return value.to(self.start.dtype if floating else torch.get_default_dtype())
+
+
+def _sampled(site: Site, rows: Batch | Tensor, leaf: bool) -> Tensor:
+    """``[B, *event]``, where it is not data the mean of a leaf."""
+    fn, value, known = unmasked_fn(site), site["value"], where_data(site)
+    event_dim = int(fn.event_dim)
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"sample: site {site['name']!r}: the model gives obs= by itself; drop it: a model "
+            "contains no data"
+        )
+    if leaf and known is not True:
+        mean, event_dim = _mean("sample", site["name"], fn), event_dim_of(fn)
+        data = indicators(fn, value).to(mean)
+        value = mean if known is False else torch.where(beside(fn, known), data, mean)
+    else:
+        value = whole(site, rows if isinstance(rows, Batch) else None, value)
+    return _by_row(site, value, event_dim, len(rows))
+
+
+def _by_row(site: Site, value: Tensor, event_dim: int, rows: int) -> Tensor:
+    """``[*plates, *event]`` -> ``[B, *rest]``."""
+    plates = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+    over_rows = [dim for dim, size in plates.items() if size == rows]
+    if not over_rows:
+        raise ValueError(
+            f"sample: site {site['name']!r} lies outside a plate over the {rows} rows; put it into "
+            'pyro.plate("data", batch.size, dim=-1)'
+        )
+    leading = value.dim() - event_dim
+    row = leading + max(over_rows)
+    stray = [dim for dim in range(leading) if dim - leading not in plates]  # of size 1
+    return value.squeeze(stray).movedim(row - sum(dim < row for dim in stray), 0)
+
+
+def whole_numbers(what: str, at_least: int = 1, **numbers: int | None) -> None:
+    """Refuse arguments that are no counts; None stands for a default.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, number in numbers.items():
+        if number is not None and (not isinstance(number, int) or number < at_least):
+            raise ValueError(f"{what}: came {name}={number!r}, wanted a whole number >= {at_least}")

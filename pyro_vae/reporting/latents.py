@@ -1,0 +1,201 @@
+"""What the latents are used for: rates, a map of the posterior means, importance weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from pyro_vae.evaluation.latent import ACTIVE
+from pyro_vae.reporting.style import (
+    ACCENT,
+    COLOURS,
+    Array,
+    Picture,
+    array,
+    finite,
+    new,
+    styled,
+)
+
+__all__ = ["latent_map", "rates", "weights"]
+
+CLASSES = 20  # up to which colours and markers tell labels apart
+MARKERS = ("o", "^", "s")
+THRESHOLD = 0.01  # nats
+
+
+@styled()
+def rates(
+    rate: Any,
+    active: Any = None,
+    *,
+    latent: str = "z",
+    threshold: float = THRESHOLD,
+) -> Picture:
+    """Rate per latent dimension, the highest first.
+
+    Args:
+        rate: ``[*event]`` nats, or site -> nats, as ``Evaluation.rate`` has them.
+        active: bool of the same form, as ``Evaluation.active`` has them (default: the rate is above
+            ``threshold``). Other dimensions are grey.
+        latent: name of the site.
+        threshold: nats.
+
+    Raises:
+        ValueError: no numbers, ``active`` of another form.
+    """
+    sites = rate if isinstance(rate, Mapping) else {latent: rate}
+    known = active if isinstance(active, Mapping) else {latent: active}
+    values = {site: array(f"rates: {site}", each).flatten() for site, each in sites.items()}
+    if not values:
+        raise ValueError("rates: came no site")
+    widths = [max(4, len(each)) for each in values.values()]
+    size = min(14.0, max(5.0, 0.32 * sum(widths) + 1.5))
+    figure, panels = new(size, 3.8, len(values), width_ratios=widths, sharey=True)
+    for axes, (site, each) in zip(panels, values.items(), strict=True):
+        used = known.get(site)
+        used = each > threshold if used is None else array("rates: active", used).flatten() != 0
+        if len(used) != len(each):
+            raise ValueError(f"rates: came {len(used)} of active for {len(each)} of {site!r}")
+        _bars(axes, site, each, used, threshold)
+    panels[0].set_ylabel("rate (nats)")
+    return figure
+
+
+def _bars(axes: Axes, site: str, rate: Array, used: Array, threshold: float) -> None:
+    order = np.argsort(-rate, kind="stable")
+    colours = np.where(used[order], COLOURS[0], "#BDBDBD").tolist()
+    axes.bar(np.arange(len(rate)), rate[order], color=colours, width=0.8)
+    axes.axhline(threshold, color=ACCENT, linestyle="--", linewidth=1.2)
+    place: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "color": ACCENT}
+    axes.annotate(f"{threshold:g} nats", (len(rate) - 0.5, threshold), (0, 4), **place)
+    axes.set_xlim(-0.6, len(rate) - 0.4)
+    many = len(rate) > 40
+    axes.set_xticks([] if many else range(len(rate)), [] if many else [str(i) for i in order])
+    axes.set_xlabel(f"dimension of {site}, sorted")
+    axes.set_title(f"{rate.sum():.1f} nats, {int(used.sum())} of {len(rate)} active")
+
+
+@styled()
+def latent_map(
+    mean: Any,
+    labels: Any = None,
+    *,
+    dims: tuple[int, int] | None = None,
+    latent: str = "z",
+    label: str = "label",
+) -> Picture:
+    """Posterior means in a plane, coloured by label.
+
+    The plane is that of the two active dimensions, Var(E[z | x]) > 0.01, if there are no more than
+    two, else that of the first two principal components of the means; the axes say which.
+
+    Args:
+        mean: ``[N, *event]``, as ``encode`` gives them.
+        labels: ``[N]`` classes (names or whole numbers, 20 at most, in a legend), or other numbers
+            (a colour bar).
+        dims: two dimensions to show instead.
+        latent: name of the site.
+        label: what the labels are.
+
+    Raises:
+        ValueError: fewer than two dimensions, ``dims`` that are not there, as many labels as there
+            are no rows.
+    """
+    points = array("latent_map: mean", mean)
+    points = points.reshape(len(points), -1)
+    plane, names = _plane(points, dims, latent)
+    figure, (axes,) = new(6.4, 5.2)
+    axes.set_xlabel(names[0])
+    axes.set_ylabel(names[1])
+    axes.set_aspect("equal", adjustable="datalim")
+    size = float(np.clip(2500 / len(points), 4, 30))
+    if labels is None:
+        axes.scatter(plane[:, 0], plane[:, 1], s=size, alpha=0.7, linewidths=0)
+        return figure
+    classes, which = _classes("latent_map", labels, len(points))
+    if classes is None:
+        dots = axes.scatter(plane[:, 0], plane[:, 1], size, which, cmap="viridis", linewidths=0)
+        figure.colorbar(dots, ax=axes, label=label).outline.set_visible(False)
+        return figure
+    for number, name in enumerate(classes):
+        here = plane[which == number]
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number // len(COLOURS)]
+        look: dict[str, Any] = {"color": colour, "marker": marker, "label": str(name)}
+        axes.scatter(here[:, 0], here[:, 1], size, linewidths=0, **look)
+    scale = max(1.0, (40 / size) ** 0.5)
+    tight = {"handletextpad": 0.2, "handlelength": 1.2, "alignment": "left"}
+    figure.legend(loc="outside right center", title=label, markerscale=scale, **tight)
+    return figure
+
+
+def _plane(points: Array, dims: tuple[int, int] | None, latent: str) -> tuple[Array, list[str]]:
+    """``[N, 2]`` and the names of its axes."""
+    width = points.shape[1]
+    if width < 2:
+        raise ValueError(f"latent_map: came {width} dimension of {latent!r}, wanted two at least")
+    if dims is not None:
+        if len(dims) != 2 or not all(0 <= dim < width for dim in dims):
+            raise ValueError(f"latent_map: came dims={dims}, wanted two of 0 to {width - 1}")
+        return points[:, list(dims)], [f"E[{latent}[{dim}] | x]" for dim in dims]
+    variance = points.var(0)
+    if (variance > ACTIVE).sum() <= 2:
+        most = sorted(np.argsort(-variance, kind="stable")[:2].tolist())
+        return points[:, most], [f"E[{latent}[{dim}] | x]" for dim in most]
+    centred = points - points.mean(0)
+    _, singular, directions = np.linalg.svd(centred, full_matrices=False)
+    share = singular**2 / (singular**2).sum()
+    names = [
+        f"principal component {i + 1} of E[{latent} | x] ({share[i]:.0%} of variance)"
+        for i in range(2)
+    ]
+    return centred @ directions[:2].T, names
+
+
+def _classes(what: str, labels: Any, rows: int) -> tuple[list[Any] | None, Array]:
+    """Names of classes and the number of each row's; or None and the rows' numbers."""
+    values = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
+    if values.shape != (rows,):
+        raise ValueError(
+            f"{what}: came labels {list(values.shape)} for {rows} rows, wanted [{rows}]"
+        )
+    names, which = np.unique(values, return_inverse=True)
+    numbers = values.dtype.kind in "biuf"
+    few = len(names) <= CLASSES
+    if not numbers and not few:
+        raise ValueError(f"{what}: came {len(names)} names of classes, wanted {CLASSES} at most")
+    if few and (not numbers or np.array_equal(names, names.astype(np.int64))):
+        return (names.astype(np.int64) if numbers else names).tolist(), which
+    return None, values.astype(np.float64)
+
+
+@styled()
+def weights(khat: Any, threshold: float = 0.7) -> Picture:
+    """Pareto k-hat of the importance weights, row by row: above the threshold their tail is too heavy
+    for the slack of log p(x) >= to be known.
+
+    Args:
+        khat: ``[N]``, as ``Evaluation.khat`` has them.
+        threshold: as ``khat_threshold(num_particles)`` gives it.
+
+    Raises:
+        ValueError: no finite number.
+    """
+    values = array("weights: khat", khat).flatten()
+    shown = finite("weights: khat", values)
+    edges = np.linspace(min(shown.min(), threshold - 0.1), max(shown.max(), threshold + 0.1), 31)
+    edges = np.sort(np.append(edges, threshold))  # no bar stands on both sides
+    figure, (axes,) = new(6.0, 3.6)
+    for here, colour, name in (
+        (shown <= threshold, COLOURS[0], "can be trusted"),
+        (shown > threshold, ACCENT, "too heavy a tail"),
+    ):
+        axes.hist(shown[here], edges.tolist(), color=colour, label=name)
+    axes.axvline(threshold, color="black", linestyle="--", linewidth=1.2)
+    axes.set_xlabel("Pareto k-hat of a row's importance weights")
+    axes.set_ylabel("rows")
+    axes.set_title(f"{np.mean(values > threshold):.0%} of {len(values)} rows above {threshold:.2f}")
+    return figure

@@ -1,0 +1,178 @@
+"""The documentation: its blocks run, its reference is whole, its links lead somewhere.
+
+A page is one namespace and one folder. Python blocks run in order. What follows a Python block under
+the title "prints" is what it prints, to the letter; under "prints, about" numbers may differ. Lines
+that call ``pyro-vae`` are parsed, and run where ``<!-- run -->`` stands above their block.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import pydoc
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch
+import typer
+
+import pyro_vae
+from pyro_vae.cli import app, main
+from pyro_vae.objectives.recipes import recipes
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"(<!-- run -->\n)?^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
+PRINTS, ABOUT = 'text title="prints"', 'text title="prints, about"'
+MODULES = ("pyro_vae", *(f"pyro_vae.{name}" for name in pyro_vae.__all__))
+
+
+def blocks(page: Path) -> Iterator[tuple[bool, str, str]]:
+    """Triples (to be run, what it is, what it holds) of the fenced blocks of a page."""
+    for mark, info, body in FENCE.findall(page.read_text(encoding="utf-8")):
+        yield bool(mark), info, body
+
+
+def commands(body: str) -> list[list[str]]:
+    """Arguments of the lines that call pyro-vae; a backslash continues a line."""
+    lines = body.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("pyro-vae ")]
+
+
+def about(text: str) -> str:
+    """A printed text without what may differ from machine to machine."""
+    text = re.sub(r"(not widened|widened x[\d.]+)(, )?", "", text)
+    text = re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", "#", text)
+    return re.sub(r"[ \t]+", " ", re.sub(r"-{3,}", "---", text)).strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_blocks_run(page, tmp_path, monkeypatch, capsys):
+    torch.set_default_dtype(torch.float32)  # as a reader has it; the fixture restores float64
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    printed = ""
+    for run, info, body in blocks(page):
+        if info.startswith("python"):
+            exec(compile(body, str(page), "exec"), namespace)
+            printed = capsys.readouterr().out
+        elif info == PRINTS:
+            assert printed == body
+        elif info == ABOUT:
+            assert about(printed) == about(body)
+        for arguments in commands(body):
+            parse(arguments)
+            assert not run or main(arguments) == 0
+
+
+def parse(arguments: list[str]) -> None:
+    """Read a command line as pyro-vae would, and stop there."""
+    group: Any = typer.main.get_command(app)
+    with group.make_context("pyro-vae", list(arguments)) as context:
+        name, command, rest = group.resolve_command(context, context.args or list(arguments))
+        command.make_context(name, rest, parent=context)
+
+
+def test_no_block_is_missed():
+    """Blocks inside lists or without an end would not be found, and not be run."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert len(re.findall(r"^\s*```", text, re.MULTILINE)) == 2 * len(list(blocks(page))), page
+
+
+def test_every_objective_is_on_its_page():
+    text = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
+    for name in recipes():
+        assert f"`pv.{name}(" in text, name
+
+
+# ---------------------------------------------------------------------------------------------
+# The site
+
+
+class Page(HTMLParser):
+    """Identifiers of a page, and what it links to and loads."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.loaded: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value or "" for name, value in attrs}
+        self.ids |= {given[name] for name in ("id", "name") if name in given}
+        if tag == "a" and "href" in given:
+            self.links.append(given["href"])
+        if tag in ("script", "img", "iframe") and "src" in given:
+            self.loaded.append(given["src"])
+        if tag == "link" and given.get("rel") == "stylesheet":
+            self.loaded.append(given["href"])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> dict[Path, Page]:
+    """The built pages; a warning fails the build."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {path: Page(path) for path in folder.rglob("*.html")}
+
+
+def public() -> Iterator[tuple[str, str, Any]]:
+    """Triples (module, name, object) of all that the library's ``__all__`` lists offer."""
+    for module in MODULES:
+        try:
+            there = importlib.import_module(module)
+        except ModuleNotFoundError:
+            continue
+        yield from ((module, name, getattr(there, name)) for name in there.__all__)
+
+
+@pytest.mark.slow
+def test_reference_holds_every_public_name(site):
+    names = {name for path, page in site.items() if path.parent.name == "api" for name in page.ids}
+    held = [pydoc.locate(name) for name in names if name.startswith("pyro_vae.")]
+    known = {id(found) for found in held}
+    assert [f"{module}.{name}" for module, name, found in public() if id(found) not in known] == []
+
+
+def test_every_public_function_and_class_has_a_first_sentence():
+    for module, name, found in public():
+        if inspect.isclass(found) or inspect.isfunction(found) or inspect.ismodule(found):
+            first = (inspect.getdoc(found) or "").split("\n\n")[0].strip()
+            assert re.search(r"[.:`]$", first), f"{module}.{name}: {first!r}"
+
+
+@pytest.mark.slow
+def test_links_lead_somewhere(site):
+    for path, page in site.items():
+        for link in page.links:
+            target = urlsplit(link)
+            if target.scheme or path.name == "404.html":
+                continue
+            there = (path.parent / unquote(target.path)).resolve() if target.path else path
+            assert there in site, f"{path.name}: {link}"
+            assert not target.fragment or unquote(target.fragment) in site[there].ids, link
+
+
+@pytest.mark.slow
+def test_pages_load_nothing_from_elsewhere(site):
+    for path, page in site.items():
+        assert [source for source in page.loaded if urlsplit(source).netloc] == [], path.name
