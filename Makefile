@@ -4,7 +4,7 @@ STAMP := .venv/.installed
 # One thread per process: the tests run in two, and threads that compete are slower than none.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: .venv demo test lint gate bench clean
+.PHONY: .venv demo test lint gate bench docs clean
 
 .venv: $(STAMP)
 
@@ -42,6 +42,9 @@ bench: $(STAMP)
 	@if [ -n "$$PYRO_VAE_DATA" ]; then $(BIN)/python -m benchmarks.memory; \
 	else echo "benchmarks.memory was not run: PYRO_VAE_DATA names no folder with mnist.npz"; fi
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find pyro_vae models guides tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

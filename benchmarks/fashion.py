@@ -101,7 +101,9 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             f"{r['rate_nats']:9.1f}   {r['active_units']:>5}   {r['train_seconds']:>6.0f}"
         )
     done = {r["likelihood"] for r in records}
-    return "\n".join([*lines, *(f"{name:<18} not run yet" for name in LIKELIHOODS if name not in done)])
+    return "\n".join(
+        [*lines, *(f"{name:<18} not run yet" for name in LIKELIHOODS if name not in done)]
+    )
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ reproduction. Test rows only judge: at every point of the curve the parameters a
 on the validation rows so far.
 
     PYRO_VAE_DATA=... python -m benchmarks.static_mnist --out runs/static_mnist
+    ... --out runs/static_mnist_fast --name static_mnist_fast --lr 1e-3 --gamma 0.63
 
 Stopped and started again it goes on; every finished point of the curve is in results/ at once.
 """
@@ -23,11 +24,11 @@ import torch
 
 import pyro_vae as pv
 from benchmarks.report import write
-from pyro_vae.training.state import replacing
+from pyro_vae.files import replacing
 
 POINTS = (1, 2, 5, 10, 20, 35, 50, 75, 100, 150, 200, 250, 300, 350, 400, 450, 500)
 PUBLISHED = "published (pythae), 500 epochs, K = 200: 89.78"
-BATCH, LR, MILESTONES, K = 100, 1e-4, (200, 350), 200
+BATCH, MILESTONES, K = 100, (200, 350), 200
 
 
 def point(model: Any, guide: Any, test: pv.Batch, widen: bool) -> dict[str, Any]:
@@ -54,6 +55,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/static_mnist"))
     parser.add_argument("--epochs", type=int, default=POINTS[-1])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--gamma", type=float, default=0.5, help="of lr at the milestones")
+    parser.add_argument("--name", default="static_mnist", help="of the files in results/")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -79,11 +83,11 @@ def main() -> None:
             pv.elbo(),
             epochs=epochs,
             batch_size=BATCH,
-            optimizer=functools.partial(torch.optim.Adam, lr=LR, fused=True),
+            optimizer=functools.partial(torch.optim.Adam, lr=given.lr, fused=True),
             scheduler=functools.partial(
                 torch.optim.lr_scheduler.MultiStepLR,
                 milestones=[steps * e for e in MILESTONES],
-                gamma=0.5,
+                gamma=given.gamma,
             ),
             valid=valid,
             monitor=pv.elbo(num_particles=1),
@@ -104,11 +108,11 @@ def main() -> None:
         settings = {
             "net": "784-400-40",
             "batch": BATCH,
-            "lr": f"{LR}, halved at epochs {MILESTONES}",
+            "lr": f"{given.lr}, times {given.gamma} at epochs {MILESTONES}",
             "K": K,
             "seed": given.seed,
         }
-        write("static_mnist", settings, records, table(records, given.epochs))
+        write(given.name, settings, records, table(records, given.epochs))
 
 
 if __name__ == "__main__":

@@ -59,9 +59,19 @@ def assert_mean(draws: Tensor, wanted: Tensor) -> None:
 # Numbers
 
 
+def test_takes_a_run_and_nothing_else_without_a_guide():
+    model, guide = pair()
+    batch = Batch({"x": data(ROWS)})
+    run = pv.Run(model, guide, None)
+    same = [pv.to_arviz(given, batch, 5)["posterior"]["z"].values for given in (run, (model, guide))]
+    np.testing.assert_array_equal(*same)
+    with pytest.raises(ValueError, match="wanted a run, or"):
+        pv.to_arviz(model, batch, 5)  # type: ignore[arg-type]
+
+
 def test_draws_and_densities_are_those_of_the_pair():
     (model, guide), x = pair(), data(ROWS)
-    idata = pv.to_arviz(model, guide, Batch({"x": x}), 2000)
+    idata = pv.to_arviz((model, guide), Batch({"x": x}), 2000)
     z, q = get(idata, "posterior", "z"), guide.posterior(x)
     assert z.shape == (2000, ROWS, Z_DIM)
     likelihood = dist.Normal(model.net(z), model.log_scale.exp()).log_prob(x).sum(-1).detach()
@@ -86,7 +96,7 @@ def test_draws_and_densities_are_those_of_the_pair():
 
 def test_numbers_are_those_of_particles():
     (model, guide), batch = pair(), Batch({"x": data(ROWS)})
-    idata = pv.to_arviz(model, guide, batch, 50, seed=3, groups=["posterior", "log_likelihood"])
+    idata = pv.to_arviz((model, guide), batch, 50, seed=3, groups=["posterior", "log_likelihood"])
     plan = make_plan(model, guide, (batch,), {})
     torch.manual_seed(3)
     for _ in range(2):  # what the pair is judged by beforehand
@@ -101,7 +111,7 @@ def test_numbers_are_those_of_particles():
 
 def test_exact_guide_has_the_evidence_as_every_weight():
     (model, guide), x = pair(exact=True), data(ROWS)
-    idata = pv.to_arviz(model, guide, Batch({"x": x}), 100)
+    idata = pv.to_arviz((model, guide), Batch({"x": x}), 100)
     evidence = model.evidence(x).detach().expand(100, ROWS)
     torch.testing.assert_close(get(idata, "sample_stats", "log_weight"), evidence)
     assert bool((get(idata, "constant_data", "khat") == -torch.inf).all())
@@ -110,7 +120,7 @@ def test_exact_guide_has_the_evidence_as_every_weight():
 
 def test_khat_and_ess_are_those_of_evaluate():
     (model, guide), batch = pair(exact=True, scale=1.4), Batch({"x": data(ROWS)})
-    idata = pv.to_arviz(model, guide, batch, 4000)
+    idata = pv.to_arviz((model, guide), batch, 4000)
     result = pv.evaluate(model, guide, batch, 4000, widen=False)
     torch.testing.assert_close(
         get(idata, "constant_data", "ess"), result.ess.double(), rtol=0.1, atol=0
@@ -122,8 +132,8 @@ def test_khat_and_ess_are_those_of_evaluate():
 def test_importance_resampling_gives_posterior_draws():
     (model, guide), x = pair(exact=True, scale=1.5), data(ROWS)
     exact = ExactGuide(model).posterior(x)
-    plain = pv.to_arviz(model, guide, Batch({"x": x}), 8000)
-    resampled = pv.to_arviz(model, guide, Batch({"x": x}), 8000, importance_resample=True)
+    plain = pv.to_arviz((model, guide), Batch({"x": x}), 8000)
+    resampled = pv.to_arviz((model, guide), Batch({"x": x}), 8000, importance_resample=True)
     for idata, factor in ((plain, 1.5), (resampled, 1.0)):
         z = get(idata, "posterior", "z")
         ratio = z.std(0) / exact.stddev.detach()
@@ -148,7 +158,7 @@ def test_importance_resampling_gives_posterior_draws():
 def test_dims_and_coords():
     model, guide = pair()
     batch = Batch({"x": data(10)}).rows([7, 2, 5])
-    idata = pv.to_arviz(model, guide, batch, 5)
+    idata = pv.to_arviz((model, guide), batch, 5)
     assert groups_of(idata) == set(reporting.GROUPS)
     for group in ("posterior_predictive", "prior_predictive"):
         assert idata[group]["x"].dims == ("chain", "draw", "row", "x_dim_0")
@@ -164,7 +174,7 @@ def test_dims_and_coords():
     assert row.tolist() == batch["x"][1].tolist()
 
     named = pv.to_arviz(
-        model, guide, batch, 5, dims={"x": ["part"]}, coords={"part": list("abc"), "row": [1, 2, 3]}
+        (model, guide), batch, 5, dims={"x": ["part"]}, coords={"part": list("abc"), "row": [1, 2, 3]}
     )
     assert named["posterior_predictive"]["x"].dims[-1] == "part"
     assert named["observed_data"]["part"].values.tolist() == ["a", "b", "c"]
@@ -172,7 +182,7 @@ def test_dims_and_coords():
 
 
 def test_attributes_say_whose_draws_they_are():
-    idata = pv.to_arviz(*pair(), Batch({"x": data(ROWS)}), 5, seed=4)
+    idata = pv.to_arviz(pair(), Batch({"x": data(ROWS)}), 5, seed=4)
     for where in (idata, idata["posterior"]):
         assert where.attrs["posterior_draws"] == "guide"
         assert where.attrs["num_draws"] == 5
@@ -187,7 +197,7 @@ def test_missing_entries_are_nan_and_imputed():
     (model, guide), x = pair(), data(ROWS)
     x[0, 1], x[3] = torch.nan, torch.nan
     batch = Batch({"x": x})
-    idata = pv.to_arviz(model, guide, batch, 2000)
+    idata = pv.to_arviz((model, guide), batch, 2000)
     observed = get(idata, "observed_data", "x")
     torch.testing.assert_close(observed, x, equal_nan=True)
     z = get(idata, "posterior", "z")
@@ -220,7 +230,7 @@ def test_imputations_are_resampled_with_what_depends_on_them():
     m = torch.tensor([1.0, -2.0])
     batch = Batch({"x": torch.full((2,), torch.nan), "m": m})
     for resample, mean in ((False, 0 * m), (True, m * 2 / 2.25)):
-        idata = pv.to_arviz(MarkedModel(), MarkedGuide(), batch, 8000, importance_resample=resample)
+        idata = pv.to_arviz((MarkedModel(), MarkedGuide()), batch, 8000, importance_resample=resample)
         x = get(idata, "posterior_predictive", "x")
         torch.testing.assert_close(x.mean(0), mean, atol=0.12, rtol=0)
         assert len(x.unique()) < len(x.flatten()) or not resample
@@ -248,7 +258,7 @@ def labelled(**more: Any) -> Batch:
 
 def test_labels_that_the_guide_proposes():
     y = np.array([1.0, np.nan, 0.0, np.nan])
-    idata = pv.to_arviz(LabelledModel(), LabelledGuide(), labelled(y=y), 400)
+    idata = pv.to_arviz((LabelledModel(), LabelledGuide()), labelled(y=y), 400)
     drawn = get(idata, "posterior", "y")
     assert drawn[:, [0, 2]].unique(dim=0).tolist() == [[1.0, 0.0]]
     assert drawn[:, 1].mean() == pytest.approx(0.3, abs=0.12)
@@ -262,14 +272,14 @@ def test_labels_that_the_guide_proposes():
 
 
 def test_complete_and_absent_labels():
-    full = pv.to_arviz(LabelledModel(), LabelledGuide(), labelled(y=np.ones(4)), 20)
+    full = pv.to_arviz((LabelledModel(), LabelledGuide()), labelled(y=np.ones(4)), 20)
     assert "posterior" not in groups_of(full)  # nothing is left to draw
     assert bool((get(full, "sample_stats", "log_q") == 0).all())
-    none = pv.to_arviz(LabelledModel(), LabelledGuide(), labelled(), 20)
+    none = pv.to_arviz((LabelledModel(), LabelledGuide()), labelled(), 20)
     assert get(none, "posterior", "y").shape == (20, 4)
     assert set(none["observed_data"].data_vars) == {"x"}
     generated = pv.to_arviz(
-        LabelledModel(), LabelledGuide(), labelled(y=np.ones(4)).without("x"), 20
+        (LabelledModel(), LabelledGuide()), labelled(y=np.ones(4)).without("x"), 20
     )
     assert get(generated, "posterior_predictive", "x").shape == (20, 4)
     assert set(generated["observed_data"].data_vars) == {"y"}
@@ -281,7 +291,7 @@ def test_complete_and_absent_labels():
 
 def test_stock_programs_on_a_tensor():
     model, guide, x = LinearModel(), Guide(), data(ROWS)
-    idata = pv.to_arviz(model, guide, x, 500)
+    idata = pv.to_arviz((model, guide), x, 500)
     torch.testing.assert_close(get(idata, "observed_data", "x"), x)
     assert idata["posterior"]["row"].values.tolist() == list(range(ROWS))
     predicted = get(idata, "posterior_predictive", "x")
@@ -300,7 +310,7 @@ def test_auxiliary_sites_stay_out():
                 pyro.sample("z", dist.Delta(2 * u, log_density, event_dim=1))
 
     guide, x = Transformed(), data(ROWS)
-    idata = pv.to_arviz(LinearBatchModel(), guide, Batch({"x": x}), 50)
+    idata = pv.to_arviz((LinearBatchModel(), guide), Batch({"x": x}), 50)
     assert set(idata["posterior"].data_vars) == set(idata["prior"].data_vars) == {"z"}
     z = get(idata, "posterior", "z")
     log_q = (guide.posterior(x).log_prob(z / 2) - Z_DIM * math.log(2.0)).detach()
@@ -311,7 +321,7 @@ def test_latents_outside_the_plate_are_refused():
     batch = Batch({"x": data(ROWS)})
     model = pv.Observed(LinearBatchModel())
     with pytest.raises(ValueError, match="outside the plate"):
-        pv.to_arviz(model, AutoMultivariateNormal(model), batch, 5)
+        pv.to_arviz((model, AutoMultivariateNormal(model)), batch, 5)
 
 
 @pytest.mark.parametrize(("batch_size", "chunk"), [(2, 1), (4, 7), (250, None)])
@@ -326,7 +336,7 @@ def test_chunks_fill_everything(
 
     monkeypatch.setattr(reporting, "run", spy)
     (model, guide), x = pair(), data(ROWS)
-    idata = pv.to_arviz(model, guide, Batch({"x": x}), 23, batch_size=batch_size, chunk=chunk)
+    idata = pv.to_arviz((model, guide), Batch({"x": x}), 23, batch_size=batch_size, chunk=chunk)
     assert max(size for size, _ in sizes) == (chunk or 23)
     assert max(rows for _, rows in sizes) == min(batch_size, ROWS)
     z = get(idata, "posterior", "z")
@@ -346,10 +356,10 @@ def test_only_the_groups_asked_for():
             super().forward(batch)
 
     batch = Batch({"x": data(ROWS)})
-    idata = pv.to_arviz(Counted(), BatchGuide(), batch, 5, groups=["posterior", "constant_data"])
+    idata = pv.to_arviz((Counted(), BatchGuide()), batch, 5, groups=["posterior", "constant_data"])
     assert groups_of(idata) == {"posterior", "constant_data"}
     lean = len(calls)
-    pv.to_arviz(Counted(), BatchGuide(), batch, 5)
+    pv.to_arviz((Counted(), BatchGuide()), batch, 5)
     assert len(calls) - lean == lean + 2  # posterior predictive and prior
 
 
@@ -358,7 +368,7 @@ def test_leaves_everything_as_it_was():
     guide.train()
     before = torch.get_rng_state()
     first, second, other = (
-        pv.to_arviz(model, guide, Batch({"x": x}), 5, seed=seed) for seed in (0, 0, 1)
+        pv.to_arviz((model, guide), Batch({"x": x}), 5, seed=seed) for seed in (0, 0, 1)
     )
     assert torch.equal(before, torch.get_rng_state())
     assert guide.training
@@ -380,9 +390,9 @@ def test_refusals():
         ({"dims": {"x": ["a", "b"]}}, "wanted 1 names"),
     ):
         with pytest.raises(ValueError, match=message):
-            pv.to_arviz(model, guide, batch, **{"num_draws": 3, **options})  # type: ignore[arg-type]
+            pv.to_arviz((model, guide), batch, **{"num_draws": 3, **options})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="without rows"):
-        pv.to_arviz(model, guide, batch.rows(slice(0, 0)), 3)
+        pv.to_arviz((model, guide), batch.rows(slice(0, 0)), 3)
 
 
 def test_point_mass_is_refused():
@@ -393,10 +403,10 @@ def test_point_mass_is_refused():
 
     batch = Batch({"x": data(ROWS)})
     with pytest.raises(ValueError, match="point mass"):
-        pv.to_arviz(LinearBatchModel(), Point(), batch, 3)
+        pv.to_arviz((LinearBatchModel(), Point()), batch, 3)
     model = pv.Observed(LinearBatchModel())
     with pytest.raises(ValueError, match="point mass"):
-        pv.to_arviz(model, AutoDelta(model), batch, 3, batch_size=ROWS)
+        pv.to_arviz((model, AutoDelta(model)), batch, 3, batch_size=ROWS)
 
 
 def test_infinite_weights_are_named():
@@ -408,7 +418,7 @@ def test_infinite_weights_are_named():
                 pyro.sample("x", dist.Normal(self.net(z), scale).to_event(1))
 
     with pytest.raises(ValueError, match="row 4 "):
-        pv.to_arviz(Nothing(), BatchGuide(), Batch({"x": data(ROWS)}), 3)
+        pv.to_arviz((Nothing(), BatchGuide()), Batch({"x": data(ROWS)}), 3)
 
 
 def test_site_with_the_name_of_a_dim_is_refused():
@@ -424,7 +434,7 @@ def test_site_with_the_name_of_a_dim_is_refused():
                 pyro.sample("row", dist.Normal(0.0, 1.0))
 
     with pytest.raises(ValueError, match="rename"):
-        pv.to_arviz(Row(), RowGuide(), Batch({"x": torch.zeros(3)}), 3)
+        pv.to_arviz((Row(), RowGuide()), Batch({"x": torch.zeros(3)}), 3)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -457,7 +467,7 @@ def mild() -> tuple[LinearBatchModel, ExactGuide, Batch]:
 
 def test_loo_of_exact_draws_is_log_p(az: Any):
     model, guide, batch = mild()
-    result = az.loo(pv.to_arviz(model, guide, batch, 4000), pointwise=True)
+    result = az.loo(pv.to_arviz((model, guide), batch, 4000), pointwise=True)
     assert result.n_data_points == len(batch)
     elpd = result.elpd_loo if hasattr(result, "elpd_loo") else result.elpd
     evidence = model.evidence(batch["x"]).detach()
@@ -470,7 +480,7 @@ def test_loo_of_wide_draws_is_mended_by_resampling(az: Any):
     guide = ExactGuide(model, 1.5)
     evidence = float(model.evidence(batch["x"]).detach().sum())
     plain, resampled = (
-        az.loo(pv.to_arviz(model, guide, batch, 4000, importance_resample=resample))
+        az.loo(pv.to_arviz((model, guide), batch, 4000, importance_resample=resample))
         for resample in (False, True)
     )
     off = [
@@ -486,17 +496,17 @@ def test_summary_compare_and_plots(az: Any):
     x = data(ROWS)
     x[0, 1], x[3, :2] = torch.nan, torch.nan
     batch = Batch({"x": x})
-    idata = pv.to_arviz(model, guide, batch, 200)
+    idata = pv.to_arviz((model, guide), batch, 200)
     summary = az.summary(idata, var_names=["z"], round_to="none")
     assert len(summary) == ROWS * Z_DIM
     wanted = get(idata, "posterior", "z").mean(0).flatten()
     np.testing.assert_allclose(summary["mean"].astype(float), wanted)
-    table = az.compare({"a": idata, "b": pv.to_arviz(model, ExactGuide(model), batch, 200)})
+    table = az.compare({"a": idata, "b": pv.to_arviz((model, ExactGuide(model)), batch, 200)})
     assert set(table.index) == {"a", "b"}
     if hasattr(az, "plot_ppc"):
         for group in ("posterior", "prior"):
             az.plot_ppc(idata, num_pp_samples=10, group=group)
-        whole = pv.to_arviz(LabelledModel(), LabelledGuide(), labelled(), 50)
+        whole = pv.to_arviz((LabelledModel(), LabelledGuide()), labelled(), 50)
         az.plot_ppc(whole, num_pp_samples=10)
     else:
         for group in ("posterior_predictive", "prior_predictive"):
@@ -506,7 +516,7 @@ def test_summary_compare_and_plots(az: Any):
 def test_to_netcdf_and_back(az: Any, tmp_path: Any):
     pytest.importorskip("h5netcdf")
     pytest.importorskip("h5py")
-    idata = pv.to_arviz(*pair(), Batch({"x": data(ROWS)}), 5)
+    idata = pv.to_arviz(pair(), Batch({"x": data(ROWS)}), 5)
     idata.to_netcdf(str(tmp_path / "posterior.nc"))
     back = az.from_netcdf(str(tmp_path / "posterior.nc"))
     assert torch.equal(get(back, "posterior", "z"), get(idata, "posterior", "z"))

@@ -74,7 +74,7 @@ def test_record_names_the_seeds() -> None:
 
 def test_sites_and_splits_that_are_not_there() -> None:
     assert load("digits", sites=["y"]).sites == ("y",)
-    with pytest.raises(ValueError, match="digits: split= came 'valid', wanted one of .'train'"):
+    with pytest.raises(ValueError, match=r"digits: split= came 'valid', wanted one of .'train'"):
         load("digits", split="valid")
     with pytest.raises(ValueError, match=r"digits: sites= names \['q'\], the data set holds"):
         load("digits", sites=["q"])

@@ -24,7 +24,11 @@ def draw(path: Path, pixels: Any, **options: Any) -> Path:
 
 def test_grey(tmp_path: Path) -> None:
     for k, ending in enumerate(["png", "PNG", "bmp", "tif", "tiff", "webp"]):
-        draw(tmp_path / f"{9 - k}.{ending}", GREY[k], **{"lossless": True} if ending == "webp" else {})
+        draw(
+            tmp_path / f"{9 - k}.{ending}",
+            GREY[k],
+            **{"lossless": True} if ending == "webp" else {},
+        )
     (tmp_path / "notes.txt").write_text("left alone")
     (tmp_path / ".hidden.png").write_text("left alone")
     (tmp_path / ".cache").mkdir()
@@ -149,5 +153,7 @@ def test_errors(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize("size", [(0, 3), (2.5, 3), 28, (1, 2, 3)])
 def test_size_that_is_none(tmp_path: Path, size: Any) -> None:
     draw(tmp_path / "a.png", GREY[0])
-    with pytest.raises(ValueError, match=r"size= came .*, wanted two whole numbers above 0, \(H, W\)"):
+    with pytest.raises(
+        ValueError, match=r"size= came .*, wanted two whole numbers above 0, \(H, W\)"
+    ):
         load(tmp_path, size=size)

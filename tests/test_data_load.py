@@ -211,7 +211,9 @@ def test_drawn_anew_in_training_only(images: Path, options: dict[str, Any]) -> N
     assert torch.equal(test["x"], load(images, "test", **options)["x"])
     assert torch.equal(train.still()["x"], load(images, **options)["x"])
     assert train.sites == test.sites
-    assert "anew" in train.record["steps"][0]["text"] or "whenever" in train.record["steps"][0]["text"]
+    assert (
+        "anew" in train.record["steps"][0]["text"] or "whenever" in train.record["steps"][0]["text"]
+    )
     assert "one fixed draw, by seed 0" in test.record["steps"][0]["text"]
     assert json.loads(json.dumps(train.record)) == train.record
 
@@ -227,8 +229,8 @@ def test_dequantized_record(images: Path) -> None:
 def test_binarized_images_with_missing_pixels(tmp_path: Path) -> None:
     observed = np.random.default_rng(1).random(PIXELS.shape) < 0.7
     path = save(tmp_path / "a.npz", x=PIXELS, observed_x=observed)
-    for options in ({"binarize": "dynamic"}, {"binarize": "static"}):
-        rows = load(path, **options).rows([0, 3])
+    for kind in ("dynamic", "static"):
+        rows = load(path, binarize=kind).rows([0, 3])
         assert torch.equal(rows.mask("x"), torch.from_numpy(observed[[0, 3]]))
         assert (rows["x"][~rows.mask("x")] == 0).all()
     rows = load(path, dequantize=True).rows([0, 3])
@@ -314,7 +316,9 @@ def test_damaged_array(tmp_path: Path) -> None:
 
 def test_not_a_data_set(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("1 2")
-    with pytest.raises(ValueError, match=r"a\.txt: came a file \.txt, wanted one of \.npz, \.npy, "):
+    with pytest.raises(
+        ValueError, match=r"a\.txt: came a file \.txt, wanted one of \.npz, \.npy, "
+    ):
         load(tmp_path / "a.txt")
     (tmp_path / "a.npz").write_text("x,y\n1,2\n")
     with pytest.raises(ValueError, match=r"not an \.npz file"):
@@ -330,7 +334,7 @@ def test_unknown_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load("zzz")
     (tmp_path / "photos").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"did you mean the path './photos'\?"):
+    with pytest.raises(ValueError, match="photos: .*image"):  # a folder that is here
         load("photos")
     for path in (tmp_path / "none.npz", "none.npz", Path("digits")):
         with pytest.raises(FileNotFoundError, match="no such file"):

@@ -11,12 +11,13 @@ import pyro
 import pytest
 import torch
 from pyro.infer import SVI
+from pyro.optim import Adam  # type: ignore[attr-defined]
 from torch import Tensor
 
 import pyro_vae as pv
 from pyro_vae.batch import Batch
 from pyro_vae.data import load, split
-from pyro_vae.data.on_demand import LOOK, OnDemand
+from pyro_vae.data.on_demand import LOOK, Column, OnDemand, first_rows
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 3, 4), dtype=np.uint8)
 TABLE = np.random.default_rng(1).normal(size=(30, 3))
@@ -72,9 +73,7 @@ def test_is_a_batch(images: Path) -> None:
     assert torch.equal(batch["x"], batch.still()["x"])
     assert type(batch.still()) is Batch
     assert type(batch.look()) is Batch
-    assert repr(batch) == (
-        "OnDemand(24 of 24 rows: x [24, 3, 4], y [24]; made when taken: x)"
-    )
+    assert repr(batch) == ("OnDemand(24 of 24 rows: x [24, 3, 4], y [24]; made when taken: x)")
     rows = batch.rows(torch.tensor([5, 2]))
     assert type(rows) is Batch
     assert (rows.total, rows.index.tolist(), rows["y"].tolist()) == (24, [5, 2], [5, 2])
@@ -120,7 +119,8 @@ class Recorder(torch.nn.Module):
 
     def __init__(self, guide: torch.nn.Module) -> None:
         super().__init__()
-        self.guide, self.seen = guide, []
+        self.guide = guide
+        self.seen: list[Tensor] = []
 
     def forward(self, batch: Batch) -> None:
         if self.training and len(batch) == 12:
@@ -155,7 +155,7 @@ def test_the_draw_of_an_epoch_is_a_function_of_its_number(images: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"binarize": "dynamic"}, {"binarize": "epoch"}])
-def test_resumes_exactly(images: Path, tmp_path: Path, options: dict[str, str]) -> None:
+def test_resumes_exactly(images: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     data = load(images, **options).without("y")
     train, valid = split(data)
     run, parameters = trained(train, valid=valid, epochs=6)
@@ -187,9 +187,9 @@ def test_programs_take_it_as_it_is(images: Path) -> None:
     data = load(images, binarize="dynamic").without("y")
     pair = vae(data)
     assert pv.check(*pair, data).ok
-    svi = SVI(pv.Observed(pair[0]), pair[1], pyro.optim.Adam({"lr": 1e-3}), loss=pv.elbo())
+    svi = SVI(pv.Observed(pair[0]), pair[1], Adam({"lr": 1e-3}), loss=pv.elbo())
     assert np.isfinite(svi.step(data))
-    assert pv.to_arviz(*pair, data, 5)["observed_data"]["x"].shape == (24, 3, 4)
+    assert pv.to_arviz(pair, data, 5)["observed_data"]["x"].shape == (24, 3, 4)
 
 
 # --- mapped files -------------------------------------------------------------------------------
@@ -208,7 +208,9 @@ def test_mapped_file(tmp_path: Path) -> None:
     assert (record["sha256"], record["bytes"]) == (None, (tmp_path / "a.npy").stat().st_size)
     assert record["sites"] == {"x": {"shape": [30, 3], "dtype": "float64", "missing": 0}}
     for whole in (lambda: batch["x"], lambda: batch.mask("x"), lambda: batch.hide("x", True)):
-        with pytest.raises(ValueError, match=r"site 'x': the whole of a mapped .* take rows\(index"):
+        with pytest.raises(
+            ValueError, match=r"site 'x': the whole of a mapped .* take rows\(index"
+        ):
             whole()
 
 
@@ -216,12 +218,15 @@ def test_only_the_rows_that_are_taken_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     np.save(tmp_path / "a.npy", TABLE)
-    batch, read = load(tmp_path / "a.npy", mmap=True), []
-    column = batch._values["x"]
-    take = type(column).stored
-    monkeypatch.setattr(
-        type(column), "stored", lambda self, rows: read.extend(rows.tolist()) or take(self, rows)
-    )
+    batch = load(tmp_path / "a.npy", mmap=True)
+    read: list[int] = []
+    take = Column.stored
+
+    def noted(column: Column, rows: Tensor) -> Tensor:
+        read.extend(rows.tolist())
+        return take(column, rows)
+
+    monkeypatch.setattr(Column, "stored", noted)
     batch.rows([3, 9]), batch.rows(slice(28, None)), batch.shape("x"), len(batch), batch.to("cpu")
     assert read == [3, 9, 28, 29]
 
@@ -304,6 +309,13 @@ def test_missing_entries_are_looked_for_in_the_first_rows(tmp_path: Path) -> Non
         load(path, mmap=True).rows([1, LOOK + 1])
 
 
+def test_fewer_rows_are_looked_at_where_they_are_large() -> None:
+    assert first_rows((10**6, 28, 28)) == slice(0, LOOK)
+    assert first_rows((10**6, 3, 512, 512)) == slice(0, 85)  # 2 ** 26 entries
+    assert first_rows((10**6, 10**9)) == slice(0, 1)
+    assert first_rows((10**6,), 7) == slice(0, 7)
+
+
 def test_pairs_look_at_the_first_rows(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", TABLE.astype(np.float64))
     batch = load(tmp_path / "a.npy", mmap=True)
@@ -316,7 +328,10 @@ def test_pairs_look_at_the_first_rows(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_rows_go_to_the_device(images: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", PIXELS)
-    for batch in (load(images, binarize="epoch"), load(tmp_path / "a.npy", binarize="epoch", mmap=True)):
+    for batch in (
+        load(images, binarize="epoch"),
+        load(tmp_path / "a.npy", binarize="epoch", mmap=True),
+    ):
         moved = batch.to("cuda")
         rows = moved.epoch(1, 2).rows(torch.tensor([3, 1], device="cuda"))
         assert rows["x"].device.type == rows.index.device.type == "cuda"

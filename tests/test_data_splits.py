@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_record_says_how_a_part_was_cut() -> None:
 
 
 @pytest.mark.parametrize("options", [{"binarize": "dynamic"}, {"binarize": "epoch"}])
-def test_rows_keep_their_draws(tmp_path: Path, options: dict[str, str]) -> None:
+def test_rows_keep_their_draws(tmp_path: Path, options: dict[str, Any]) -> None:
     """A row's fixed draw does not depend on the part it is cut into."""
     pixels = np.random.default_rng(0).integers(0, 256, (30, 4, 5), dtype=np.uint8)
     np.savez(tmp_path / "a.npz", x=pixels, y=np.arange(30))

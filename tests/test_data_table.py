@@ -56,7 +56,8 @@ def test_numeric_columns_are_one_site(tmp_path: Path, name: str) -> None:
 
 def test_columns_and_drop() -> None:
     wanted = [[1.5, 2.0], [0.0, 0.0], [3.5, 1.0]]
-    for options in ({"columns": ["income", "label"]}, {"drop": ["age", "member"]}):
+    cases: list[dict[str, Any]] = [{"columns": ["income", "label"]}, {"drop": ["age", "member"]}]
+    for options in cases:
         batch = load(FRAME, **options)
         assert batch.record["columns"] == {"x": ["income", "label"]}
         rows = batch["x"].where(batch.mask("x"), 0.0)
@@ -111,9 +112,9 @@ def test_frames_of_all_kinds() -> None:
     )
     batch = load(frame)
     nan = np.nan
-    wanted = [[1, 1, 1, 1, 1], [nan, nan, 2.5, 2, 2], [3, 0, nan, 1, 3]]
+    wanted = np.array([[1, 1, 1, 1, 1], [nan, nan, 2.5, 2, 2], [3, 0, nan, 1, 3]])
     assert (batch.mask("x").numpy() == ~np.isnan(wanted)).all()
-    assert (batch["x"].numpy() == np.array(wanted))[~np.isnan(wanted)].all()
+    assert (batch["x"].numpy() == wanted)[~np.isnan(wanted)].all()
     assert batch.record["columns"]["x"] == ["7", "b", "c", "d", "e"]
     assert describe(frame)["sha256"] == batch.record["sha256"]
     assert describe(frame.iloc[::-1])["sha256"] != batch.record["sha256"]
@@ -125,7 +126,11 @@ ERRORS = {
         {},
         r"a.csv: column 'b' holds 'x1' in line 4, wanted numbers; .* drop=\['b'\] \(or columns=\)",
     ),
-    "text after a field of two lines": ('a,b\n"1\n",2\n3,?\n', {"drop": "a"}, "'b' holds .* line 4"),
+    "text after a field of two lines": (
+        'a,b\n"1\n",2\n3,?\n',
+        {"drop": "a"},
+        "'b' holds .* line 4",
+    ),
     "only text": ("a,b\nu,1\nv,2\n", {}, "column 'a' holds 'u' in line 2"),
     "dates": ("a\n2020-01-01\n", {}, "column 'a' holds '2020-01-01' in line 2"),
     "short row": ("a,b\n1,2\n3\n", {}, "line 3 has 1 fields, the header has 2"),
@@ -135,7 +140,11 @@ ERRORS = {
     "blank": ("\n\n", {}, "the file is empty"),
     "header": ("a,b\n", {}, "the table has a header and no rows"),
     "twice": ("a,b,a\n1,2,3\n", {}, r"columns \['a'\] are there more than once"),
-    "index": (",a\n0,5\n1,6\n", {}, r"column 'Unnamed: 0' looks like an index .* drop=\['Unnamed: 0'\]"),
+    "index": (
+        ",a\n0,5\n1,6\n",
+        {},
+        r"column 'Unnamed: 0' looks like an index .* drop=\['Unnamed: 0'\]",
+    ),
     "unknown": ("age,b\n1,2\n", {"columns": ["aeg"]}, "no column 'aeg'.*did you mean 'age'"),
     "unknown drop": ("a,b\n1,2\n", {"drop": ["c"]}, r"no column 'c', only \['a', 'b'\]"),
     "nothing left": ("a,b\n1,2\n", {"drop": ["a", "b"]}, "no columns are left for site 'x'"),
@@ -189,7 +198,9 @@ def test_errors_in_frames(frame: pd.DataFrame, message: str) -> None:
 def test_broken_parquet(tmp_path: Path, cut: int) -> None:
     path = saved(tmp_path / "a.parquet")
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(ValueError, match=r"a\.parquet: not a \.parquet file, or cut short") as raised:
+    with pytest.raises(
+        ValueError, match=r"a\.parquet: not a \.parquet file, or cut short"
+    ) as raised:
         load(path)
     assert "\n" not in str(raised.value)
 

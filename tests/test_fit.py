@@ -284,7 +284,7 @@ def test_the_average_is_what_is_judged_and_kept(case: str):
         callbacks=[lambda run, record: seen.append(parameters(model, guide))],
         **options,
     )
-    assert same(parameters(model, guide), seen[run.best["epoch"] - 1])
+    assert same(parameters(model, guide), seen[int(run.best["epoch"]) - 1])
     losses = [record["loss"] for record in run.history]
     model.load_state_dict(start[0])
     guide.load_state_dict(start[1])
@@ -295,7 +295,7 @@ def test_the_average_is_what_is_judged_and_kept(case: str):
         torch.manual_seed(1)
         judged = elbo(8, estimator="score")
         model, guide = LinearModel(), Guide(batch_norm())
-        best = seen[run.best["epoch"] - 1]
+        best = seen[int(run.best["epoch"]) - 1]
         states = [model.state_dict(), guide.state_dict()]
         names = [(state, name) for state in states for name in state]
         for (state, name), value in zip(names, best, strict=True):
@@ -763,7 +763,7 @@ def test_a_long_epoch_is_saved_on_the_way(tmp_path: Path, monkeypatch: pytest.Mo
 
 def saved_step(out: Path) -> int:
     there = (out / "state.safetensors").exists()
-    return Folder(out).state()["step"] if there else 0  # type: ignore[no-any-return]
+    return Folder(out).state()["step"] if there else 0
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

@@ -12,6 +12,7 @@ from pyro_vae.saved import keywords
 
 __all__ = ["Source", "check_alike"]
 
+LISTS = {"columns", "drop"}  # options that are names by comma
 HELD_OUT = 0.2  # share of the rows of data that are not stored in parts
 
 
@@ -31,6 +32,8 @@ class Source:
         self.options = keywords(self.given, data.load, "--data-option", {"standardize"})
         for key in {"split", "sites"} & set(self.options):
             raise ValueError(f"--data-option: {key} is an option of its own: --{key}")
+        for key in LISTS & set(self.options):
+            self.options[key] = _names(str(self.options[key]))
         scaled = self.options.pop("standardize", False)
         self.standardized = _names(scaled) if isinstance(scaled, str) else None
         self.standardize = bool(scaled)

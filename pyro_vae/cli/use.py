@@ -67,15 +67,19 @@ class Opened:
     def run(self) -> Run:
         return load(self.path, self.pair, device=self.device)
 
-    def source(self, sites: str | None = None) -> Source:
-        """The data of the run, or those given instead, with the same done to them."""
+    def source(self, label: str | None = None) -> Source:
+        """The data of the run, or those given instead, with the same done to them; or a label alone,
+        a site or a column."""
         config = Folder(self.path).config()
         made = config.get("command", {})
         if self.data is None and "data" not in made:
             raise ValueError(f"{self.path}: it does not say of which data; say so by --data")
         name = self.data or made["data"]
         try:
-            return Source(name, sites or made.get("sites"), made.get("data_options"))
+            if label is None:
+                return Source(name, made.get("sites"), made.get("data_options"))
+            is_table = "columns" in config.get("data", {})
+            return Source(name, f"{label}={label}" if is_table else label)
         except FileNotFoundError as error:
             if self.data:
                 raise
@@ -252,7 +256,7 @@ def export(
         raise ValueError(f"--out: {out}: no such folder: {out.parent}")
     opened = Opened(run, pair, data_name, device)
     kept, batch = opened.run(), opened.rows(split, rows)
-    idata = to_arviz(kept.model, kept.guide, batch, draws, seed=seed)
+    idata = to_arviz(kept, batch, draws, seed=seed)
     with replacing(out) as temporary:
         idata.to_netcdf(str(temporary))
     typer.echo(f"{out}: {draws} draws of {len(batch)} rows")

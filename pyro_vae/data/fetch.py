@@ -145,7 +145,8 @@ def _download(
     tried = []
     for url in original.urls:
         try:
-            downloader = pooch.HTTPDownloader(chunk_size=1 << 16)
+            # not as a stream, of which pooch would leave the connection open
+            downloader = pooch.HTTPDownloader(chunk_size=1 << 16, stream=False)
             path = Path(pooch.retrieve(url, known_hash, original.name, folder, None, downloader))
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno is not None:

@@ -59,11 +59,13 @@ def load(
     become floating *unscaled* values: 0..255 stays 0..255. All other integers become int64.
 
     Args:
-        source: what to load. A word is a name; with a folder or an ending in it, it is a path.
+        source: what to load. A word is a name, or else a folder that is here; with a folder or an
+            ending in it, it is a path.
         split: ``train``, ``valid``, ``test``, or ``all`` for the rows of a data set that is not
             stored in parts. Default: ``train`` for data stored in parts, otherwise ``all``.
         sites: the sites to take, by name (default: every one). For tables also site -> columns.
-        columns, drop: of a table, the columns that make site ``x``, or those to leave out.
+        columns: of a table, the columns that make site ``x``.
+        drop: of a table, the columns to leave out.
         size: (H, W) that images are resized to.
         binarize: 8-bit images (``record["levels"]``) become 0 and 1. ``static``: one Bernoulli draw
             with probability x / 255, the same whenever a row is loaded. ``dynamic``: drawn anew
@@ -207,11 +209,12 @@ def _resolve(source: Any, name: str) -> Path:
     if not isinstance(source, str) or "/" in name or os.sep in name or Path(name).suffix:
         return Path(name).expanduser()
     path = obtain(name)
+    if path is None and Path(name).is_dir():
+        return Path(name)
     if path is None:
         known = available()
-        hint = f"; did you mean the path './{name}'?" if Path(name).exists() else near(name, known)
         raise ValueError(
             f"data set {name!r} is unknown: there are {list(known)}; set PYRO_VAE_DATA to a folder "
-            f"with {name}.npz, or give a path{hint}"
+            f"with {name}.npz, or give a path{near(name, known)}"
         )
     return path

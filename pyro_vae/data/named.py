@@ -4,8 +4,8 @@
 ``fashion_mnist`` (Xiao et al. 2017, arXiv:1708.07747), likewise: from the idx files, whose MD5 are
 those of torchvision's source.
 
-``omniglot28`` (Lake et al. 2015), 23000 / 1345 / 8115 rows: the official drawings, 105 x 105, averaged
-over areas to ``x`` [B, 28, 28] and inverted, so that ink is bright; ``char`` 0..1622, ``alphabet``
+``omniglot28`` (Lake et al. 2015), 23000 / 1345 / 8115 rows: the official drawings, 105 x 105, inverted,
+so that ink is bright, and averaged by PIL's BOX to ``x`` [B, 28, 28]; ``char`` 0..1622, ``alphabet``
 0..49, ``drawer`` 1..20. Both official sets, of which the MD5 are torchvision's, are pooled. Per
 character 5 of the 20 drawings are test rows, and 1345 of all others are valid rows, by
 ``numpy.random.RandomState(0)``. Not the file of the IWAE paper: log-likelihoods are near to, not
@@ -20,7 +20,9 @@ it. A file with labels ``y`` in PYRO_VAE_DATA is taken as it is.
 from __future__ import annotations
 
 import gzip
+import io
 import os
+import re
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
@@ -165,21 +167,20 @@ def read_bits(path: Path) -> Array:
 
 def _from_drawings(files: Files) -> dict[str, Array]:
     """Drawings ALPHABET/characterNN/CCCC_DD.png: character CCCC - 1 by drawer DD."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     rows = []
     for official, name in enumerate(("images_background.zip", "images_evaluation.zip")):
         with zipfile.ZipFile(files[name]) as archive:
             for member in sorted(archive.namelist()):
                 place = PurePosixPath(member)
-                if place.suffix != ".png" or len(place.parts) != 4:
+                if not re.fullmatch(r"\d{4}_\d\d\.png", place.name):
                     continue
-                with Image.open(archive.open(member)) as image:
-                    small = image.convert("L").resize((28, 28), Image.Resampling.BOX)
+                with Image.open(io.BytesIO(archive.read(member))) as image:
+                    ink = ImageOps.invert(image.convert("L"))
+                    small = ink.resize((28, 28), Image.Resampling.BOX)
                 character, drawer = map(int, place.stem.split("_"))
-                rows.append(
-                    (255 - np.asarray(small), character - 1, place.parts[1], drawer, official)
-                )
+                rows.append((np.asarray(small), character - 1, place.parts[-3], drawer, official))
     if not rows:
         raise ValueError("no drawings in the archives")
     x, char, alphabet, drawer, evaluation = zip(*rows, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,16 +15,18 @@ from pyro_vae.batch import Batch
 from pyro_vae.data.draws import Draw
 from pyro_vae.data.source import Array, numbers
 
-__all__ = ["LOOK", "Column", "OnDemand", "Present"]
+__all__ = ["LOOK", "Column", "OnDemand", "Present", "first_rows"]
 
-LOOK = 10_000  # rows of a mapped file that stand for all before training
-
-
+LOOK, ENTRIES = 10_000, 1 << 26  # rows of a mapped file that stand for all, and their entries
 LATE = (
-    "NaN in row {row} and in none of the first "
-    f"{LOOK}, which say whether entries are missing; save where they are observed as "
-    "observed_SITE.npy beside SITE.npy, in a folder"
+    "NaN in row {row} and in none of the first rows, which say whether entries are missing; save "
+    "where they are observed as observed_SITE.npy beside SITE.npy, in a folder"
 )
+
+
+def first_rows(shape: Sequence[int], rows: int = LOOK) -> slice:
+    """The rows of ``[N, *event]`` that are looked at: fewer where they are large."""
+    return slice(0, max(1, min(rows, ENTRIES // max(1, math.prod(shape[1:])))))
 
 
 @dataclass(frozen=True)
@@ -162,9 +164,9 @@ class OnDemand(Batch):
       and ``look()`` are the one draw to judge by, the same every time.
     * sites in mapped files: ``rows`` reads those rows and no others, and moves them to ``device``.
       The whole of such a site is refused. What stands for all rows before training, the check of
-      the support and the ready pairs' starting values, looks at the first 10,000. Whether entries
-      are missing is looked for there too, unless a mask is stored, and a NaN found later is an
-      error. ``compare``, and what else asks for whole sites, needs data in memory. Numbers of rows
+      the support and the ready pairs' starting values, looks at the first 10,000 (fewer where rows
+      are large). Whether entries are missing is looked for there too, unless a mask is stored, and a
+      NaN found later is an error. ``compare``, and what else asks for whole sites, needs data in memory. Numbers of rows
       are in memory, 8 bytes each.
 
     Args:
@@ -230,7 +232,10 @@ class OnDemand(Batch):
 
     def look(self, rows: int = LOOK) -> Batch:
         fixed = self.still()
-        return fixed.rows(slice(0, rows)) if self.mapped else fixed
+        if not self.mapped:
+            return fixed
+        largest = max((column.shape for column in self._made().values()), key=math.prod)
+        return fixed.rows(first_rows(largest, rows))
 
     def rows(self, index: Any) -> Batch:
         new = super().rows(index)

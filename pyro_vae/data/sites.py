@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_vae.batch import Batch
 from pyro_vae.data.draws import Draw
-from pyro_vae.data.on_demand import LOOK, Column, OnDemand, Present
+from pyro_vae.data.on_demand import Column, OnDemand, Present, first_rows
 from pyro_vae.data.source import MASK, Array, Source, is_pixels, numbers
 
 __all__ = ["images", "make_batch", "summary"]
@@ -82,7 +82,7 @@ def summary(batch: Batch) -> dict[str, Any]:
 
 def _head(array: Array) -> Array:
     """The rows that are looked at: all that are in memory."""
-    return np.array(array[:LOOK]) if isinstance(array, np.memmap) else array
+    return np.array(array[first_rows(array.shape)]) if isinstance(array, np.memmap) else array
 
 
 def _has_missing(part: Part, site: str) -> bool:

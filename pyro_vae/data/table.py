@@ -162,7 +162,8 @@ def _chosen(
         raise ValueError(
             f"{place}: came sites= as a mapping and columns= or drop=, wanted one of them"
         )
-    wanted = dict(sites) if isinstance(sites, Mapping) else {"x": columns and as_list("columns", columns)}
+    alone = {"x": None if columns is None else as_list("columns", columns)}
+    wanted: dict[str, Any] = dict(sites) if isinstance(sites, Mapping) else alone
     taken = [name for of in wanted.values() for name in as_list("columns", of)]
     dropped = as_list("drop", drop)
     for name in [*taken, *dropped]:

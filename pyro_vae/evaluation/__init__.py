@@ -2,5 +2,18 @@
 
 from pyro_vae.evaluation.diagnostics import khat_threshold, pareto_khat
 from pyro_vae.evaluation.likelihood import Difference, Evaluation, evaluate
+from pyro_vae.evaluation.paths import interpolate, traverse
+from pyro_vae.evaluation.predict import encode, reconstruct, sample
 
-__all__ = ["Difference", "Evaluation", "evaluate", "khat_threshold", "pareto_khat"]
+__all__ = [
+    "Difference",
+    "Evaluation",
+    "encode",
+    "evaluate",
+    "interpolate",
+    "khat_threshold",
+    "pareto_khat",
+    "reconstruct",
+    "sample",
+    "traverse",
+]

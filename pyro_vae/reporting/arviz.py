@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,9 +39,17 @@ STATS = ("log_p", "log_q", "log_weight")
 DIAGNOSTICS = ("khat", "ess")
 
 
+class HasPair(Protocol):
+    """What a run has."""
+
+    @property
+    def model(self) -> Program: ...
+    @property
+    def guide(self) -> Program: ...
+
+
 def to_arviz(
-    model: Program,
-    guide: Program,
+    pair: tuple[Program, Program] | HasPair,
     data: Batch | Tensor,
     num_draws: int = 500,
     *,
@@ -83,6 +91,7 @@ def to_arviz(
     error; rely on its ``log_p``.
 
     Args:
+        pair: (model, guide), or a run of ``fit`` or ``load``.
         data: rows, as the programs take them. The result holds ``num_draws`` times the data, twice.
         num_draws: per row.
         importance_resample: draw, per row, ``num_draws`` times with replacement from the guide's
@@ -102,6 +111,12 @@ def to_arviz(
         ValueError: no rows, an unknown group, dims that do not fit, a site outside the plate over
             rows, a posterior that is a point mass (it has no importance weights).
     """
+    if not (isinstance(pair, tuple) and len(pair) == 2) and not hasattr(pair, "guide"):
+        raise ValueError(
+            f"to_arviz: came a {type(pair).__name__} first, wanted a run, or (model, guide), and "
+            "then the data"
+        )
+    model, guide = pair if isinstance(pair, tuple) else (pair.model, pair.guide)
     numbers = {"num_draws": num_draws, "batch_size": batch_size, "chunk": chunk}
     for name, number in numbers.items():
         if number is not None and (not isinstance(number, int) or number < 1):

@@ -54,11 +54,13 @@ def against(
     mean = _table("reconstructions: reconstructed", reconstructed)
     same_shape("reconstructions", x, mean)
     if observed is not None:
-        x = np.where(_table("reconstructions: observed", observed) != 0, x, np.nan)
+        seen = _table("reconstructions: observed", observed)
+        same_shape("reconstructions: observed", x, seen)
+        x = np.where(seen != 0, x, np.nan)
     figure, panels = _panels("reconstructions", names, x.shape[1])
     for column, axes in enumerate(panels):
-        seen = ~np.isnan(x[:, column])
-        _scatter(axes, x[seen, column], mean[seen, column], int((~seen).sum()))
+        known = ~np.isnan(x[:, column])
+        _scatter(axes, x[known, column], mean[known, column], int((~known).sum()))
     figure.supxlabel("data", fontsize=13)
     figure.supylabel("reconstruction", fontsize=13)
     return figure

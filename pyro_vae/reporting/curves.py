@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
@@ -43,19 +44,23 @@ def training(
     if not runs or not all(len(records) for records in runs.values()):
         raise ValueError("training: came a history without records")
     colours = dict(zip(runs, cycle(COLOURS), strict=False))
-    figure, (axes,) = new(8.4, 4.2)
+    several = len(runs) > 1
+    figure, (axes,) = new(8.4 if several else 7.0, 4.2)
     held_out = [_course(axes, runs[name], x, colours[name]) for name in runs]
     axes.set_xlabel(UNITS[x])
     axes.set_ylabel("bound (nats per row)")
     axes.set_ylim(*_range(axes))
     if x != "seconds":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    grey = GREY if len(runs) > 1 else COLOURS[0]
+    grey = GREY if several else COLOURS[0]
     lines = [Line2D([], [], color=colours[name], label=name) for name in runs if name]
     lines.append(Line2D([], [], color=grey, **TRAINING, label="training (minus loss)"))
     if any(held_out):
         lines.append(Line2D([], [], color=grey, marker="o", label="held out, and its best"))
-    figure.legend(handles=lines, loc="outside right upper")
+    if several:
+        figure.legend(handles=lines, loc="outside right upper")
+    else:
+        axes.legend(handles=lines, loc="lower right")
     return figure
 
 
@@ -109,31 +114,31 @@ def comparison(records: Sequence[Record]) -> Picture:
     if missing := [name for name in wanted if any(name not in record for record in records)]:
         raise ValueError(f"comparison: came records without {missing}, wanted Comparison.summary()")
     names = [record["objective"] for record in records]
-    figure, (left, right) = new(12.0, 1.8 + 0.5 * len(names), 2, sharey=True, width_ratios=[3, 2])
+    figure, (left, right) = new(12.0, 1.6 + 0.5 * len(names), 2, sharey=True, width_ratios=[4, 3])
+    seeds = [(n, i - 0.12) for i, r in enumerate(records) for n in r.get("log_p_per_seed", ())]
     told = f"log p(x) ≥, K = {records[0].get('num_particles', '?')}"
-    _errors(left, records, "log_p", -0.12, label=told)
-    for i, record in enumerate(records):
-        seeds = record.get("log_p_per_seed", ())
-        left.plot(
-            seeds, [i - 0.12] * len(seeds), "|", color=COLOURS[0], label="its seeds" * (not i)
-        )
-    _errors(left, records, "elbo", 0.12, color=GREY, markerfacecolor="white", label="ELBO")
+    lines = [
+        _errors(left, records, "log_p", -0.12, label=told),
+        *left.plot(*np.array(seeds).reshape(-1, 2).T, "|", color=COLOURS[0], label="its seeds"),
+        _errors(left, records, "elbo", 0.12, color=GREY, markerfacecolor="white", label="ELBO"),
+    ]
     left.set_xlabel("nats")
     left.set_yticks(range(len(names)), names)
     left.set_ylim(len(names) - 0.5, -0.5)
-    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    left.legend(handles=lines, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     _errors(right, records[1:], "log_p_gain", 0.0, first=1)
     right.axvline(0, color=GREY, linewidth=1)
-    right.set_xlabel(f"gain in log p(x) (nats)\nover {names[0]}, paired by row")
+    right.annotate("reference", (0, 0), (6, 0), textcoords="offset points", color=GREY, va="center")
+    right.set_xlabel("gain in log p(x), paired (nats)")
     right.tick_params(axis="y", length=0)
     return figure
 
 
 def _errors(
     axes: Axes, records: Sequence[Record], name: str, offset: float, first: int = 0, **look: Any
-) -> None:
+) -> ErrorbarContainer:
     """A point and its standard error a record."""
-    axes.errorbar(
+    return axes.errorbar(
         [record[name] for record in records],
         [i + offset for i in range(first, first + len(records))],
         xerr=[record[f"{name}_se"] for record in records],

@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
+from matplotlib.textpath import TextPath
 
-from pyro_vae.reporting.style import COLOURS, Array, Picture, array, new, styled
+from pyro_vae.reporting.style import COLOURS, Array, Picture, array, styled
 
 __all__ = ["grid", "interpolations", "is_image", "pairs", "pixels", "same_shape", "traversals"]
 
 GAP = 0.07  # of an image's height
 MISSING = COLOURS[5]
-CELL, LIMIT = 0.8, 12.0  # inches, of an image and of all of them
+CELL, LIMIT, MARGIN = 0.8, 12.0, 0.08  # inches: an image, all of them, around them
 
 
 def is_image(event: Sequence[int], image_shape: Sequence[int] | None) -> bool:
@@ -70,7 +72,9 @@ def pairs(
     same_shape("reconstructions", above, below)
     missing: Array = np.isnan(above)
     if observed is not None:
-        missing |= pixels("reconstructions: observed", observed, 1, image_shape) == 0
+        seen = pixels("reconstructions: observed", observed, 1, image_shape)
+        same_shape("reconstructions: observed", above, seen)
+        missing |= seen == 0
     known = limits(below if missing.all() else above[~missing])
     if missing.ndim == 4:  # a pixel in colour is missing if any part of it is
         missing = np.asarray(missing.any(-1))
@@ -139,7 +143,7 @@ def traversals(
     rows = [f"{latent}[{numbers[i]}]" for i in order]
     if rates is not None:
         rows = [f"{row}  {rates[i]:.2f} nats" for row, i in zip(rows, order, strict=True)]
-    told = [f"{value:.3g}" for value in values]
+    told = [f"{value:.3g}".replace("-", "\N{MINUS SIGN}") for value in values]
     label = "value of the dimension"
     return _mosaic(np.ma.array(cells[order]), limits(cells), rows, told, label)[0]
 
@@ -208,9 +212,12 @@ def _mosaic(
     canvas, (height, width) = _joined(cells), cells.shape[2:4]
     high, wide = canvas.shape[:2]
     scale = min(LIMIT / high, LIMIT / wide, CELL / height)
-    left = 0.115 * max(map(len, rows), default=0)  # inches that names take
-    below = 0.25 * bool(columns) + 0.25 * bool(label)
-    figure, (axes,) = new(wide * scale + left + 0.2, high * scale + below + 0.2)
+    left = 0.15 * bool(rows) + max(map(_inches, rows), default=0.0)  # that names take
+    below = 0.3 * bool(columns) + 0.3 * bool(label)
+    size = wide * scale + left + 2 * MARGIN, high * scale + below + 2 * MARGIN
+    figure = Picture(figsize=size)
+    place = np.array([left + MARGIN, below + MARGIN, wide * scale, high * scale])
+    axes = figure.add_axes(tuple(place / (*size, *size)))
     low, top = low_high
     if canvas.ndim == 3:
         colours = np.clip((canvas.filled(0.0) - low) / ((top - low) or 1.0), 0, 1)
@@ -225,6 +232,12 @@ def _mosaic(
         axis.set_ticks(places, names)
     axes.set_xlabel(label)
     return figure, axes
+
+
+def _inches(text: str) -> float:
+    """Width of a tick's name."""
+    path = TextPath((0, 0), text, size=float(rcParams["ytick.labelsize"]))
+    return float(path.get_extents().width) / 72
 
 
 def _mark(axes: Axes, where: Any) -> None:

@@ -112,7 +112,7 @@ def latent_map(
     axes.set_xlabel(names[0])
     axes.set_ylabel(names[1])
     axes.set_aspect("equal", adjustable="datalim")
-    size = float(np.clip(2500 / len(points), 4, 30))
+    size = float(np.clip(6000 / len(points), 6, 30))
     if labels is None:
         axes.scatter(plane[:, 0], plane[:, 1], s=size, alpha=0.7, linewidths=0)
         return figure
@@ -182,7 +182,7 @@ def weights(khat: Any, threshold: float = 0.7) -> Picture:
         threshold: as ``khat_threshold(num_particles)`` gives it.
 
     Raises:
-        ValueError: no finite number.
+        ValueError: no finite number, as with too few particles for a tail.
     """
     values = array("weights: khat", khat).flatten()
     shown = finite("weights: khat", values)

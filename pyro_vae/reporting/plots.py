@@ -74,7 +74,9 @@ def reconstructions(
         reconstructed: ``[N, *event]``, as ``reconstruct`` gives them.
         observed: bool ``[N, *event]``, ``batch.mask(site)``. Missing pixels are painted, missing
             entries of a table left out and counted.
-        columns, image_shape, names: as for ``samples``.
+        columns: images in a line.
+        image_shape: as for ``samples``.
+        names: of a table's columns.
 
     Raises:
         ValueError: as for ``samples``; originals and reconstructions of different shapes.

@@ -56,7 +56,8 @@ def _places(name: str, array: NDArray[Any]) -> list[str]:
 
 
 def _npz(path: Path, arrays: Arrays, names: Mapping[str, Sequence[str]]) -> None:
-    np.savez_compressed(path, **arrays)
+    values: Any = arrays  # a site called allow_pickle would be taken for an option
+    np.savez_compressed(path, **values)
 
 
 def _csv(path: Path, arrays: Arrays, names: Mapping[str, Sequence[str]], sep: str = ",") -> None:

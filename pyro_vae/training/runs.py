@@ -7,7 +7,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -79,11 +79,12 @@ class Folder:
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Around a training: what ``begin`` wrote is taken back if it fails before a state is saved."""
+        """Around a training: what ``begin`` wrote is taken back if it fails before a state is saved.
+        One that is interrupted can go on from where it began."""
         there = self.path.exists()
         try:
             yield
-        except BaseException:
+        except Exception:
             with suppress(OSError):  # somebody else put something there, too
                 for name in self._begun:
                     (self.path / name).unlink(missing_ok=True)
@@ -241,7 +242,7 @@ class Folder:
         config, rows = self.config(), self.example()
         number = min(config["batch_size"], config["rows"])  # as many as when they were made
         rows = take(rows, torch.arange(number) % len(rows)).to(device_of(model, guide, rows))
-        with judging(model, guide, 0):
+        with _replaced(saved), judging(model, guide, 0):
             try:
                 make_plan(model, guide, (rows,), {})
             except Exception as error:
@@ -250,13 +251,12 @@ class Folder:
                 ) from error
             made = dict(pyro.get_param_store().named_parameters())
             for name, value in saved.items():
-                if name not in made or made[name].shape != value.shape:
-                    came = list(made[name].shape) if name in made else "none"
+                came = list(made[name].shape) if name in made else "none"
+                if came != list(value.shape):
                     raise ValueError(
                         f"{path}: not of this pair: parameter {name!r} {list(value.shape)}, the pair "
                         f"has {came}"
                     )
-            for name, value in saved.items():
                 made[name].copy_(value)
 
     def _read_text(self, name: str) -> str:
@@ -294,6 +294,23 @@ def versions() -> dict[str, str]:
     except PackageNotFoundError:  # run from a checkout that is not installed
         own = "source"
     return {"pyro_vae": own, "torch": torch.__version__, "pyro": pyro.__version__}
+
+
+@contextmanager
+def _replaced(names: Iterable[str]) -> Iterator[None]:
+    """Let parameters of these names be made anew (``pyro.module`` would leave a module that is not
+    the one in the store as it is); an error puts the old ones back."""
+    store = pyro.get_param_store()
+    before = store.get_state()
+    for name in names:
+        if name in store:
+            del store[name]
+    try:
+        yield
+    except BaseException:
+        store.clear()
+        store.set_state(before)
+        raise
 
 
 def _table(history: list[dict[str, float]]) -> str:
