@@ -334,7 +334,7 @@ def test_unknown_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load("zzz")
     (tmp_path / "photos").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="photos: .*image"):  # a folder that is here
+    with pytest.raises(ValueError, match=r"photos: .*image"):  # a folder that is here
         load("photos")
     for path in (tmp_path / "none.npz", "none.npz", Path("digits")):
         with pytest.raises(FileNotFoundError, match="no such file"):

@@ -136,6 +136,15 @@ def test_a_state_of_another_kind(case: str):
         progress(**options).load(saved, "runs/a")
 
 
+def test_a_state_of_before_there_were_averages():
+    saved = progress().dump()
+    saved.pop("average")
+    made_by: dict[str, Any] = {"accumulate": 1, "precision": "full", "ema": None}
+    progress(made_by=made_by).load(saved, "runs/a")
+    with pytest.raises(ValueError, match=r"came ema 0\.9, the run has None"):
+        progress(made_by={**made_by, "ema": 0.9}, ema=0.9).load(saved, "runs/a")
+
+
 def test_a_state_of_another_pair():
     saved = progress().dump()
     saved["parameters"]["modules"].pop("guide.net.0.weight")

@@ -137,6 +137,24 @@ def test_what_is_known_is_there_before_the_first_step(tmp_path: Path):
     assert torch.equal(looked["rows"]["x"][:2], torch.stack([*data(8).aminmax(dim=0)]))
 
 
+class OnDemand(Batch):
+    """Rows that are too many to look at."""
+
+    def to(self, *args: Any, **options: Any) -> Batch:
+        return self
+
+    def look(self, rows: int = 10_000) -> Batch:
+        return self.rows(slice(0, 5))
+
+
+def test_an_example_of_rows_on_demand(tmp_path: Path):
+    train(tmp_path, (LinearBatchModel(), BatchGuide()), OnDemand({"x": data(8)}))
+    least, greatest = data(8)[:5].aminmax(dim=0)
+    rows = Folder(tmp_path).example()
+    assert torch.equal(rows["x"][:2], torch.stack([least, greatest]))
+    assert rows.total == 8
+
+
 def test_a_function_may_say_how_it_was_built(tmp_path: Path):
     model, guide = function_pair()
     model.built_by = {"pair": "my_file.py:build"}

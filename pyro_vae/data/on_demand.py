@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,12 @@ LATE = (
 def first_rows(shape: Sequence[int], rows: int = LOOK) -> slice:
     """The rows of ``[N, *event]`` that are looked at: fewer where they are large."""
     return slice(0, max(1, min(rows, ENTRIES // max(1, math.prod(shape[1:])))))
+
+
+def _let_go(source: Any) -> None:
+    """Of the pages that were read: they stay in the system's cache, and out of this process."""
+    if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        source._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class Column:
             return self.source[rows]
         array = self.source[rows.numpy()]
         array = np.array(array) if self.draw is not None else numbers(array)
+        _let_go(self.source)
         if array.dtype.kind == "f":
             self._check(np.isinf(array), rows, "infinite entries in row {row}; NaN means missing")
             if not self.incomplete:
@@ -163,11 +171,11 @@ class OnDemand(Batch):
       generator (or, with a draw per epoch, ``epoch`` says which), while ``batch["x"]``, ``still()``
       and ``look()`` are the one draw to judge by, the same every time.
     * sites in mapped files: ``rows`` reads those rows and no others, and moves them to ``device``.
-      The whole of such a site is refused. What stands for all rows before training, the check of
-      the support and the ready pairs' starting values, looks at the first 10,000 (fewer where rows
-      are large). Whether entries are missing is looked for there too, unless a mask is stored, and a
-      NaN found later is an error. ``compare``, and what else asks for whole sites, needs data in memory. Numbers of rows
-      are in memory, 8 bytes each.
+      The whole of such a site is refused, so ``compare``, and what else asks for it, needs data in
+      memory. What stands for all rows before training, the check of the support and the ready pairs'
+      starting values, looks at the first 10,000 (fewer where rows are large). Whether entries are
+      missing is looked for there too, unless a mask is stored, and a NaN found later is an error.
+      Memory holds the numbers of the rows, 8 bytes each, whatever a row takes.
 
     Args:
         values: site -> values in memory, or how they are made. At least one is made.

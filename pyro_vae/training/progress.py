@@ -15,6 +15,8 @@ from pyro_vae.objectives.objective import ObjectiveModule
 
 __all__ = ["Progress"]
 
+UNSAID = {"accumulate": 1, "precision": "full", "ema": None}  # by states of before these were
+
 
 class Progress:
     """Where a training stands.
@@ -105,7 +107,7 @@ class Progress:
     def restore(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.set_parameters(state["parameters"])
-        _put(state["average"], self.average)
+        _put(state.get("average", []), self.average)
         self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
         if self.scheduler:
             self.scheduler.load_state_dict(deepcopy(state["scheduler"]))
@@ -128,8 +130,9 @@ class Progress:
         Raises:
             ValueError: the state of another kind of training; begins with ``where`` it is.
         """
+        made_by = {**UNSAID, **state["made_by"]}
         for name, came in self.made_by.items():
-            if (wanted := state["made_by"].get(name, came)) != came:
+            if (wanted := made_by[name]) != came:
                 raise ValueError(f"{where}: came {name} {came}, the run has {wanted}")
         try:
             self.restore(state)
