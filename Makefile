@@ -39,8 +39,8 @@ gate: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.gradients
-	@if [ -n "$$PYRO_VAE_DATA" ]; then $(BIN)/python -m benchmarks.memory; \
-	else echo "benchmarks.memory was not run: PYRO_VAE_DATA names no folder with mnist.npz"; fi
+	$(BIN)/python -m benchmarks.interrupted
+	$(BIN)/python -m benchmarks.memory
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -183,6 +183,46 @@ def test_what_only_the_model_draws_is_the_same_along_a_path():
     torch.testing.assert_close(out.diff(dim=2)[:, 0, 0], w[:, 0].expand(ROWS, -1))
 
 
+def test_what_depends_on_the_models_own_draws_stays_where_it_was():
+    class Shifted(LinearBatchModel):
+        def forward(self, batch: Any) -> None:
+            with pyro.plate("data", batch.size, dim=-1):
+                e = pyro.sample("e", dist.Normal(torch.zeros(1), 9.0).to_event(1))
+                u = pyro.sample("u", dist.Normal(0 * e, 1.0).to_event(1))
+                z = pyro.sample("z", dist.Normal(e.expand(*e.shape[:-1], Z_DIM), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(self.net(z) + u, 1.0).to_event(1))
+
+    class Both(BatchGuide):
+        def forward(self, batch: Any) -> None:
+            with pyro.plate("data", batch.size, dim=-1):
+                pyro.sample("z", self.posterior(batch["x"]))
+                pyro.sample("u", dist.Normal(torch.ones(1), 1.0).to_event(1))
+
+    model, guide, batch = Shifted(), Both(), Batch({"x": data(ROWS)})
+    out = traverse(model, guide, batch, values=[2.0], latent="u")["x"][:, 0, 0]
+    wanted = model.net(guide.posterior(batch["x"]).mean) + 2.0
+    torch.testing.assert_close(out, wanted.detach())
+
+
+def test_a_prior_without_a_mean_moves_nothing_along():
+    class Heavy(LinearBatchModel):
+        def forward(self, batch: Any) -> None:
+            with pyro.plate("data", batch.size, dim=-1):
+                u = pyro.sample("u", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+                z = pyro.sample("z", dist.Cauchy(torch.zeros(Z_DIM), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(self.net(z) + u, 1.0).to_event(1))
+
+    class Both(BatchGuide):
+        def forward(self, batch: Any) -> None:
+            with pyro.plate("data", batch.size, dim=-1):
+                pyro.sample("z", self.posterior(batch["x"]))
+                pyro.sample("u", dist.Normal(torch.ones(1), 1.0).to_event(1))
+
+    model, guide, batch = Heavy(), Both(), Batch({"x": data(ROWS)})
+    out = traverse(model, guide, batch, values=[2.0], latent="u")["x"][:, 0, 0]
+    torch.testing.assert_close(out, (model.net(guide.posterior(batch["x"]).mean) + 2.0).detach())
+
+
 def test_stock_programs_and_flows():
     for name in ("spline flow", "top-down ladder", "methods with pyro.module"):
         model, guide = PAIRS[name]()

@@ -214,6 +214,43 @@ def test_completed_rows_have_the_conditional_mean(mean: bool):
             assert_mean((drawn[:, row, ~here] - wanted) ** 2, (cov[~here][:, ~here] - left).diag())
 
 
+def test_what_the_guide_draws_is_never_a_mean():
+    class Spare(nn.Module):
+        def forward(self, batch: Any) -> None:
+            with pyro.plate("data", batch.size, dim=-1):
+                pyro.sample("e", dist.Normal(0.0, 1.0))
+
+    class SpareGuide(nn.Module):
+        def forward(self, batch: Any) -> None:
+            with pyro.plate("data", batch.size, dim=-1):
+                pyro.sample("e", dist.Normal(7.0, 0.1))
+
+    model, given = Spare(), Batch(size=500)
+    assert bool((sample(model, given=given, mean=True)["e"] == 0).all())  # the model's own leaf
+    drawn = sample(model, given=given, guide=SpareGuide(), mean=True)["e"]
+    assert_mean(drawn, torch.tensor(7.0))
+    assert float(drawn.std()) > 0.05
+
+
+def test_model_and_guide_share_the_subsamples_of_plates():
+    class Part(nn.Module):
+        def forward(self, batch: Any) -> None:
+            rows = pyro.plate("data", batch.size, dim=-1)
+            with pyro.plate("steps", 50, subsample_size=2, dim=-2) as index, rows:
+                pyro.sample("z", dist.Normal(0.0, 100.0))
+                pyro.sample("step", dist.Delta(torch.as_tensor(index)[:, None].double()))
+
+    class PartGuide(nn.Module):
+        def forward(self, batch: Any) -> None:
+            rows = pyro.plate("data", batch.size, dim=-1)
+            with pyro.plate("steps", 50, subsample_size=2, dim=-2) as index, rows:
+                pyro.sample("z", dist.Delta(torch.as_tensor(index)[:, None].double()))
+
+    drawn = sample(Part(), given=Batch(size=3), guide=PartGuide())
+    assert drawn["z"].shape == (3, 2)
+    assert torch.equal(drawn["z"], drawn["step"])
+
+
 def test_without_a_guide_missing_entries_come_from_the_model():
     model, (x, batch) = LinearBatchModel(), holed()
     many = batch.rows(torch.arange(ROWS).repeat(3000))
@@ -326,6 +363,15 @@ def test_codes_of_a_ladder_are_those_of_its_posterior(chunk: int | None):
     assert bool(((codes["z2"] - v * (loc @ a)).abs() < SIGMAS * error).all())
     off = (codes["z2_sd"] ** 2 - v - between).abs()
     assert bool((off < SIGMAS * between * (2 / draws) ** 0.5).all())
+
+
+def test_the_variance_from_few_draws_is_not_biased():
+    model, rows = LinearLadder(), 4000
+    codes = encode(model, ExactLadderGuide(model), data(1).expand(rows, -1), num_draws=2)
+    w, a = model.net.weight.detach(), model.down.weight.detach()
+    cov = torch.linalg.inv(torch.linalg.inv(model.prior_cov()) + w.T @ w / model.noise**2).detach()
+    v = (1 / (1 + a.T @ a)).squeeze()
+    assert_mean(codes["z2_sd"] ** 2, (v + v**2 * (a.T @ cov @ a).squeeze()).expand(1))
 
 
 def test_codes_of_a_flow_come_from_draws():

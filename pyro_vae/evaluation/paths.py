@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -79,9 +79,10 @@ def traverse(
             )
         for here, rows in batches(data, batch_size):
             held = {site: value[here] for site, value in points.items()}
-            base = _prior_means(generate(model, rows, held), set(held) - {name})
-            grid = [_moved(held, name, dim, value) for dim in chosen for value in path]
-            decoded = [_decoded("traverse", model, rows, at, plan, seed, base) for at in grid]
+            base = _prior_means(_at(model, rows, held, seed), held)
+            grid = (_moved(held, name, dim, value) for dim in chosen for value in path)
+            sites = (_at(model, rows, values, seed, base) for values in grid)
+            decoded = _decoded("traverse", plan, sites)
             parts.append(_stacked(decoded, (len(chosen), len(path))))
     return joined("traverse", parts, len(data))
 
@@ -137,15 +138,15 @@ def interpolate(
             for data in (first, second)
         )
         for here, _ in batches(first, batch_size):
-            decoded = []
+            sites = []
             for t in torch.linspace(0, 1, steps).tolist():
                 rows = take(first if t < 0.5 else second, here)
-                at = dict(starts if t < 0.5 else ends)
+                values = dict(starts if t < 0.5 else ends)
                 along = set(starts) & set(ends) - jumps
-                at |= {site: PATHS[path](starts[site], ends[site], t) for site in along}
-                at = {site: value[here] for site, value in at.items()}
-                decoded.append(_decoded("interpolate", model, rows, at, plan, seed))
-            parts.append(_stacked(decoded, (steps,)))
+                values |= {site: PATHS[path](starts[site], ends[site], t) for site in along}
+                values = {site: value[here] for site, value in values.items()}
+                sites.append(_at(model, rows, values, seed))
+            parts.append(_stacked(_decoded("interpolate", plan, sites), (steps,)))
     return joined("interpolate", parts, len(first))
 
 
@@ -253,28 +254,29 @@ class _Along(Messenger):
             msg["value"] = self.values[site] + msg["fn"].mean - self.base[site]
 
 
-def _prior_means(sites: Mapping[str, Site], among: set[str]) -> dict[str, Tensor]:
-    means = {site: expected(sites[site]["fn"]) for site in among}
-    return {
-        site: mean
-        for site, mean in means.items()
-        if mean is not None and not is_discrete(sites[site]["fn"])
-    }
+def _prior_means(sites: Mapping[str, Site], latents: Iterable[str]) -> dict[str, Tensor]:
+    """Of the latents that there is something between two values of."""
+    fns = {site: sites[site]["fn"] for site in latents}
+    means = {site: expected(fn) for site, fn in fns.items() if not is_discrete(fn)}
+    return {s: mean for s, mean in means.items() if mean is not None and not mean.isnan().any()}
 
 
-def _decoded(
-    what: str,
+def _at(
     model: Program,
     rows: Batch | Tensor,
     values: Mapping[str, Tensor],
-    plan: Plan,
     seed: int,
     base: Mapping[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """Means ``[B, *event]`` of the sites that are data."""
-    torch.manual_seed(seed)  # what the model itself draws is the same along a path
-    sites = generate(model, rows, values, handlers=[_Along(values, base or {})])
-    return {site: mean[0] for site, mean in means(what, sites, plan).items()}
+) -> dict[str, Site]:
+    """The model's sites at a point; what the model itself draws is the same along a path."""
+    torch.manual_seed(seed)
+    return generate(model, rows, values, handlers=[_Along(values, base or {})])
+
+
+def _decoded(what: str, plan: Plan, points: Iterable[dict[str, Site]]) -> list[dict[str, Tensor]]:
+    """Means ``[B, *event]`` of the sites that are data, point by point."""
+    every = (means(what, sites, plan) for sites in points)
+    return [{site: mean[0] for site, mean in each.items()} for each in every]
 
 
 def _stacked(decoded: list[dict[str, Tensor]], shape: tuple[int, ...]) -> dict[str, Tensor]:

@@ -90,11 +90,11 @@ def event_dim_of(fn: Any) -> int:
 
 
 def moments(site: Site) -> tuple[Tensor, Tensor] | None:
-    """Mean and variance, if both are known."""
+    """Mean and variance, if both are known (NaN where there is none)."""
     mean = expected(site["fn"])
     if mean is None or is_label(site["fn"]):
         return None if mean is None else (mean, mean * (1 - mean))
     with suppress(NotImplementedError):
         variance: Tensor = site["fn"].variance
-        return None if bool((mean + variance).isnan().any()) else (mean, variance)
+        return mean, variance
     return None

@@ -22,6 +22,7 @@ from pyro_vae.evaluation.likelihood import (
     entries_per_row,
     judging,
 )
+from pyro_vae.evaluation.predict import whole_numbers
 from pyro_vae.evaluation.sites import is_drawn, where_data, whole
 from pyro_vae.objectives.particles import Particles, run
 from pyro_vae.objectives.plan import Plan, make_plan
@@ -117,10 +118,7 @@ def to_arviz(
             "then the data"
         )
     model, guide = pair if isinstance(pair, tuple) else (pair.model, pair.guide)
-    numbers = {"num_draws": num_draws, "batch_size": batch_size, "chunk": chunk}
-    for name, number in numbers.items():
-        if number is not None and (not isinstance(number, int) or number < 1):
-            raise ValueError(f"to_arviz: came {name}={number!r}, wanted a whole number >= 1")
+    whole_numbers("to_arviz", num_draws=num_draws, batch_size=batch_size, chunk=chunk)
     if unknown := set(groups) - set(GROUPS):
         raise ValueError(f"to_arviz: came groups {sorted(unknown)}, wanted some of {list(GROUPS)}")
     check_rows("to_arviz: data", data)
