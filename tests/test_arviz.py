@@ -63,7 +63,9 @@ def test_takes_a_run_and_nothing_else_without_a_guide():
     model, guide = pair()
     batch = Batch({"x": data(ROWS)})
     run = pv.Run(model, guide, None)
-    same = [pv.to_arviz(given, batch, 5)["posterior"]["z"].values for given in (run, (model, guide))]
+    same = [
+        pv.to_arviz(given, batch, 5)["posterior"]["z"].values for given in (run, (model, guide))
+    ]
     np.testing.assert_array_equal(*same)
     with pytest.raises(ValueError, match="wanted a run, or"):
         pv.to_arviz(model, batch, 5)  # type: ignore[arg-type]
@@ -174,7 +176,11 @@ def test_dims_and_coords():
     assert row.tolist() == batch["x"][1].tolist()
 
     named = pv.to_arviz(
-        (model, guide), batch, 5, dims={"x": ["part"]}, coords={"part": list("abc"), "row": [1, 2, 3]}
+        (model, guide),
+        batch,
+        5,
+        dims={"x": ["part"]},
+        coords={"part": list("abc"), "row": [1, 2, 3]},
     )
     assert named["posterior_predictive"]["x"].dims[-1] == "part"
     assert named["observed_data"]["part"].values.tolist() == ["a", "b", "c"]
@@ -230,7 +236,9 @@ def test_imputations_are_resampled_with_what_depends_on_them():
     m = torch.tensor([1.0, -2.0])
     batch = Batch({"x": torch.full((2,), torch.nan), "m": m})
     for resample, mean in ((False, 0 * m), (True, m * 2 / 2.25)):
-        idata = pv.to_arviz((MarkedModel(), MarkedGuide()), batch, 8000, importance_resample=resample)
+        idata = pv.to_arviz(
+            (MarkedModel(), MarkedGuide()), batch, 8000, importance_resample=resample
+        )
         x = get(idata, "posterior_predictive", "x")
         torch.testing.assert_close(x.mean(0), mean, atol=0.12, rtol=0)
         assert len(x.unique()) < len(x.flatten()) or not resample

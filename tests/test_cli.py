@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from pyro_vae.cli import main
-from pyro_vae.saved import PairSpec
 from pyro_vae.data import load
+from pyro_vae.saved import PairSpec
 from pyro_vae.training.fit import fit
 
 SMALL = "-o latent=2 -o hidden=4"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -336,5 +335,5 @@ def test_rows_go_to_the_device(images: Path, tmp_path: Path) -> None:
         rows = moved.epoch(1, 2).rows(torch.tensor([3, 1], device="cuda"))
         assert rows["x"].device.type == rows.index.device.type == "cuda"
         assert torch.equal(rows["x"].cpu(), batch.epoch(1, 2).rows([3, 1])["x"])
-        run, _ = trained(batch.without("y"), device="cuda", optimizer=partial(torch.optim.Adam))
+        run, _ = trained(batch.without("y"), device="cuda")
         assert run.config["device"] == "cuda"

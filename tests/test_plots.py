@@ -266,6 +266,8 @@ def test_labels_are_classes_or_a_colour_bar():
         for dots in scatters(many)
     }
     assert len(looks) == latents.CLASSES  # no two look alike
+    many.savefig(io.BytesIO(), format="png", dpi=30)
+    assert many.bbox.contains(*many.legends[0].get_window_extent().min)
     heat = numbers(400, seed=3)
     figure = plots.latent_map(mean, heat, label="heat (K)")
     np.testing.assert_array_equal(scatters(figure)[0].get_array(), heat)
@@ -295,6 +297,7 @@ def test_rates_are_sorted_and_the_active_are_coloured():
 
 def test_rates_of_several_sites_stand_side_by_side():
     rate = {"z1": torch.ones(2, 40), "z2": torch.tensor([3.0])}
+    assert labels(plots.rates(torch.ones(40)).axes[0].xaxis) == [str(i) for i in range(40)]
     figure = plots.rates(rate, {"z1": torch.ones(2, 40)})
     assert [axes.get_xlabel() for axes in figure.axes] == [
         "dimension of z1, sorted",
@@ -375,6 +378,7 @@ def test_a_first_epoch_out_of_proportion_is_left_outside():
     assert np.isfinite(plots.training(failed).axes[0].get_ylim()).all()
     one = plots.training(records[:1]).axes[0]
     assert one.lines[0].get_marker() == "."  # a line through one point is not to be seen
+    assert one.get_ylim() == (-101, -99)
 
 
 def compared() -> list[dict[str, Any]]:

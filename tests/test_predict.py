@@ -314,7 +314,7 @@ def test_sites_in_further_plates_have_their_rows_first():
                 pyro.sample("x", dist.Normal(z[..., 0], 0.01))
 
     for model in (Steps(), Outer()):
-        drawn = sample(model, 10, batch_size=3)
+        drawn = sample(model, 10, batch_size=4)  # as many rows as steps
         z = drawn["z"] if drawn["z"].dim() == 1 else drawn["z"][:, 0]
         assert drawn["x"].shape == (10, 4)
         assert bool(((drawn["x"] - z[:, None]).abs() < 0.1).all())
@@ -605,7 +605,9 @@ def test_sites_outside_the_plate_are_refused():
     batch = Batch({"x": data(ROWS)})
     with pytest.raises(ValueError, match=r"encode: sites \['w'\] lie outside the plate over rows"):
         encode(Global(), GlobalGuide(), batch)
-    with pytest.raises(ValueError, match="sample: site 'w' lies outside a plate over the 4 rows"):
+    with pytest.raises(
+        ValueError, match=r"sample: sites \['w'\] lie outside a plate over the 4 rows"
+    ):
         sample(Global(), 4)
 
 
@@ -635,3 +637,16 @@ def test_data_outside_the_support_are_refused():
 
     with pytest.raises(ValueError, match="outside the support"):
         encode(Binary(), BatchGuide(), Batch({"x": data(ROWS)}))
+
+
+@pytest.mark.gpu
+def test_a_pair_on_the_accelerator_takes_rows_from_anywhere():
+    model, guide = (program.to("cuda") for program in pair())
+    batch = Batch({"x": data(ROWS)})
+    for out in (
+        encode(model, guide, batch),
+        reconstruct(model, guide, batch),
+        sample(model, ROWS),
+        sample(model, given=batch, guide=guide, mean=True),
+    ):
+        assert all(value.device.type == "cpu" and len(value) == ROWS for value in out.values())

@@ -44,15 +44,11 @@ def make_batch(found: Source, split: str, draws: Mapping[str, Draw]) -> Batch:
     values, observed, fill = {}, {}, {}
     try:
         for site in (site for site in part if not site.startswith(MASK)):
-            name, draw, missing = (
-                f"{found.place}: site {site!r}",
-                draws.get(site),
-                site in incomplete,
-            )
-            values[site] = _values(part[site], name, draw, missing)
+            name, missing = f"{found.place}: site {site!r}", site in incomplete
+            values[site] = _values(part[site], name, draws.get(site), missing)
             if missing:
                 observed[site] = _observed(part.get(MASK + site), site, values[site])
-                fill[site] = _fill(found, site, draw)
+                fill[site] = _fill(found, site, draws.get(site))
         made = any(isinstance(value, Column) for value in values.values())
         return (OnDemand if made else Batch)(values, observed, fill=fill)
     except ValueError as error:
@@ -126,6 +122,6 @@ def _observed(mask: Array | None, site: str, values: Tensor | Column) -> Any:
     if isinstance(values, Column) and values.mapped:
         stored = None if mask is None else _values(mask, f"mask of {values.name}", None, False)
         return Present(values, stored)
-    return (
-        torch.ones(values.shape, dtype=torch.bool) if mask is None else torch.from_numpy(mask) > 0
-    )
+    if mask is None:
+        return torch.ones(values.shape, dtype=torch.bool)
+    return torch.from_numpy(mask) > 0

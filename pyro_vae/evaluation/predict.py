@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_vae.batch import Batch, Condition, still, take
 from pyro_vae.evaluation.likelihood import CELLS, check_rows, device_of, entries_per_row, judging
 from pyro_vae.evaluation.sites import (
+    OverDraws,
     beside,
     event_dim_of,
     expected,
@@ -81,9 +82,7 @@ def sample(
     given = Batch(size=num_rows) if given is None else given
     check_rows("sample: given", given)
     guide = guide or _draws_nothing
-    with judging(
-        model, guide, seed
-    ):  # a look of its own, so that the draws are those of mean=False
+    with judging(model, guide, seed):  # by itself, so that the draws are those of mean=False
         data = still(given).to(device_of(model, guide, given))
         leaves = _leaves(model, guide, take(data, slice(0, 2))) if mean else set()
     parts = []
@@ -94,8 +93,9 @@ def sample(
                 raise ValueError(
                     f"sample: came sites {sorted(unknown)}, the model has {list(found)}"
                 )
-            wanted = [site for name, site in found.items() if sites is None or name in sites]
-            parts.append({s["name"]: _sampled(s, rows, s["name"] in leaves) for s in wanted})
+            dim = _row_dim(found, len(rows))
+            wanted = [name for name in found if sites is None or name in sites]
+            parts.append({s: _sampled(found[s], rows, dim, s in leaves) for s in wanted})
     return joined("sample", parts, len(data))
 
 
@@ -136,11 +136,11 @@ def encode(
         sites, _ = _infer(guide, take(data, slice(0, 2)), plan.nesting)
         draws = 1 if len(sites) == 1 and all(map(moments, sites.values())) else num_draws
         for _, rows in batches(data, batch_size):
-            latents: dict[str, _OverDraws] = {}
+            latents: dict[str, OverDraws] = {}
             for size in _sizes(draws, chunk, rows):
                 for name, site in _infer(guide, rows, plan.nesting, size)[0].items():
                     if is_drawn(site) and not site["infer"].get("is_auxiliary"):
-                        latents.setdefault(name, _OverDraws()).add(site, plan, size)
+                        latents.setdefault(name, OverDraws()).add(site, plan, size)
             part: dict[str, Tensor] = {}
             for name, over_draws in latents.items():
                 part[name], part[f"{name}_sd"] = over_draws.mean(), over_draws.deviation()
@@ -339,45 +339,7 @@ def _mean(what: str, name: str, fn: Any, else_: Tensor | None = None) -> Tensor:
     return mean
 
 
-class _OverDraws:
-    """Mean and standard deviation of a latent, from its moments given what it depends on."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.start = self.first = self.second = self.within = torch.zeros(())
-
-    def add(self, site: Site, plan: Plan, size: int) -> None:
-        """``size`` more draws."""
-        fn, value, data = site["fn"], site["value"], site["infer"].get("observed")
-        mean, variance = moments(site) or (value, torch.zeros_like(value))
-        if data is not None:
-            data = beside(fn, data)
-            mean = torch.where(data, indicators(fn, value).to(mean), mean)
-            variance = torch.where(data, torch.zeros_like(variance), variance)
-        mean, variance = (
-            plan.canonical(moment, event_dim_of(fn), size, True) for moment in (mean, variance)
-        )
-        if not self.count:
-            self.start = mean[0]  # the mean of equal numbers is that number, to the last digit
-        off = mean.double() - self.start.double()
-        self.count += len(mean)
-        self.first = self.first + off.sum(0)
-        self.second = self.second + off.square().sum(0)
-        self.within = self.within + variance.double().sum(0)
-
-    def mean(self) -> Tensor:
-        return self._as_came(self.start.double() + self.first / self.count)
-
-    def deviation(self) -> Tensor:
-        between = (self.second - self.first.square() / self.count) / max(1, self.count - 1)
-        return self._as_came((self.within / self.count + between.clamp(min=0)).sqrt())
-
-    def _as_came(self, value: Tensor) -> Tensor:
-        floating = self.start.is_floating_point()
-        return value.to(self.start.dtype if floating else torch.get_default_dtype())
-
-
-def _sampled(site: Site, rows: Batch | Tensor, leaf: bool) -> Tensor:
+def _sampled(site: Site, rows: Batch | Tensor, row_dim: int, leaf: bool) -> Tensor:
     """``[B, *event]``, where it is not data the mean of a leaf."""
     fn, value, known = unmasked_fn(site), site["value"], where_data(site)
     event_dim = int(fn.event_dim)
@@ -392,20 +354,30 @@ def _sampled(site: Site, rows: Batch | Tensor, leaf: bool) -> Tensor:
         value = mean if known is False else torch.where(beside(fn, known), data, mean)
     else:
         value = whole(site, rows if isinstance(rows, Batch) else None, value)
-    return _by_row(site, value, event_dim, len(rows))
+    return _by_row(site, value, event_dim, row_dim)
 
 
-def _by_row(site: Site, value: Tensor, event_dim: int, rows: int) -> Tensor:
-    """``[*plates, *event]`` -> ``[B, *rest]``."""
-    plates = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
-    over_rows = [dim for dim, size in plates.items() if size == rows]
-    if not over_rows:
+def _row_dim(sites: Mapping[str, Site], rows: int) -> int:
+    """The dim of the plate over rows, which holds every site."""
+    dims = {
+        name: {f.dim for f in site["cond_indep_stack"] if f.vectorized and f.size == rows}
+        for name, site in sites.items()
+    }
+    shared: set[int] = set.intersection(*dims.values()) if dims else set()
+    if not shared:
+        outside = [name for name in dims if not dims[name]] or list(dims)
         raise ValueError(
-            f"sample: site {site['name']!r} lies outside a plate over the {rows} rows; put it into "
+            f"sample: sites {outside} lie outside a plate over the {rows} rows; put every site into "
             'pyro.plate("data", batch.size, dim=-1)'
         )
+    return max(shared)
+
+
+def _by_row(site: Site, value: Tensor, event_dim: int, row_dim: int) -> Tensor:
+    """``[*plates, *event]`` -> ``[B, *rest]``."""
+    plates = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
     leading = value.dim() - event_dim
-    row = leading + max(over_rows)
+    row = leading + row_dim
     stray = [dim for dim in range(leading) if dim - leading not in plates]  # of size 1
     return value.squeeze(stray).movedim(row - sum(dim < row for dim in stray), 0)
 

@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pyro_vae.batch import Batch
+from pyro_vae.objectives.plan import Plan
 from pyro_vae.objectives.tracing import Site, core
 
 __all__ = [
+    "OverDraws",
     "beside",
     "event_dim_of",
     "expected",
@@ -98,3 +100,41 @@ def moments(site: Site) -> tuple[Tensor, Tensor] | None:
         variance: Tensor = site["fn"].variance
         return mean, variance
     return None
+
+
+class OverDraws:
+    """Mean and standard deviation of a latent, from its moments given what it depends on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.start = self.first = self.second = self.within = torch.zeros(())
+
+    def add(self, site: Site, plan: Plan, size: int) -> None:
+        """``size`` more draws."""
+        fn, value, data = site["fn"], site["value"], site["infer"].get("observed")
+        mean, variance = moments(site) or (value, torch.zeros_like(value))
+        if data is not None:
+            data = beside(fn, data)
+            mean = torch.where(data, indicators(fn, value).to(mean), mean)
+            variance = torch.where(data, torch.zeros_like(variance), variance)
+        mean, variance = (
+            plan.canonical(moment, event_dim_of(fn), size, True) for moment in (mean, variance)
+        )
+        if not self.count:
+            self.start = mean[0]  # the mean of equal numbers is that number, to the last digit
+        off = mean.double() - self.start.double()
+        self.count += len(mean)
+        self.first = self.first + off.sum(0)
+        self.second = self.second + off.square().sum(0)
+        self.within = self.within + variance.double().sum(0)
+
+    def mean(self) -> Tensor:
+        return self._as_came(self.start.double() + self.first / self.count)
+
+    def deviation(self) -> Tensor:
+        between = (self.second - self.first.square() / self.count) / max(1, self.count - 1)
+        return self._as_came((self.within / self.count + between.clamp(min=0)).sqrt())
+
+    def _as_came(self, value: Tensor) -> Tensor:
+        floating = self.start.is_floating_point()
+        return value.to(self.start.dtype if floating else torch.get_default_dtype())

@@ -51,7 +51,7 @@ def training(
     axes.set_ylabel("bound (nats per row)")
     axes.set_ylim(*_range(axes))
     if x != "seconds":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     grey = GREY if several else COLOURS[0]
     lines = [Line2D([], [], color=colours[name], label=name) for name in runs if name]
     lines.append(Line2D([], [], color=grey, **TRAINING, label="training (minus loss)"))
@@ -91,7 +91,7 @@ def _range(axes: Axes) -> tuple[float, float]:
     top = together.max()
     # three times the distance from the top to the lower quartile
     low = max(together.min(), top - 3 * max(top - np.quantile(together, 0.25), 1e-12))
-    margin = 0.05 * max(top - low, 1e-9)
+    margin = 0.05 * (top - low) or 1.0
     return low - margin, top + margin
 
 

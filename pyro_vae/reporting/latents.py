@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 
 from pyro_vae.evaluation.latent import ACTIVE
 from pyro_vae.reporting.style import (
@@ -22,9 +23,11 @@ from pyro_vae.reporting.style import (
 
 __all__ = ["latent_map", "rates", "weights"]
 
+LONG = 12  # classes up to which a legend has one column
 CLASSES = 20  # up to which colours and markers tell labels apart
 MARKERS = ("o", "^", "s")
 THRESHOLD = 0.01  # nats
+BAR = 0.25  # inches from which on the number of a dimension fits below its bar
 
 
 @styled()
@@ -60,21 +63,21 @@ def rates(
         used = each > threshold if used is None else array("rates: active", used).flatten() != 0
         if len(used) != len(each):
             raise ValueError(f"rates: came {len(used)} of active for {len(each)} of {site!r}")
-        _bars(axes, site, each, used, threshold)
+        _bars(axes, site, each, used, threshold, named=size / sum(widths) > BAR)
     panels[0].set_ylabel("rate (nats)")
     return figure
 
 
-def _bars(axes: Axes, site: str, rate: Array, used: Array, threshold: float) -> None:
+def _bars(axes: Axes, site: str, rate: Array, used: Array, threshold: float, named: bool) -> None:
     order = np.argsort(-rate, kind="stable")
     colours = np.where(used[order], COLOURS[0], "#BDBDBD").tolist()
     axes.bar(np.arange(len(rate)), rate[order], color=colours, width=0.8)
     axes.axhline(threshold, color=ACCENT, linestyle="--", linewidth=1.2)
     place: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "color": ACCENT}
+    place["path_effects"] = [withStroke(linewidth=3, foreground="white")]  # readable on bars
     axes.annotate(f"{threshold:g} nats", (len(rate) - 0.5, threshold), (0, 4), **place)
     axes.set_xlim(-0.6, len(rate) - 0.4)
-    many = len(rate) > 40
-    axes.set_xticks([] if many else range(len(rate)), [] if many else [str(i) for i in order])
+    axes.set_xticks(range(len(rate)) if named else [], list(map(str, order)) if named else [])
     axes.set_xlabel(f"dimension of {site}, sorted")
     axes.set_title(f"{rate.sum():.1f} nats, {int(used.sum())} of {len(rate)} active")
 
@@ -118,17 +121,18 @@ def latent_map(
         return figure
     classes, which = _classes("latent_map", labels, len(points))
     if classes is None:
-        dots = axes.scatter(plane[:, 0], plane[:, 1], size, which, cmap="viridis", linewidths=0)
-        figure.colorbar(dots, ax=axes, label=label).outline.set_visible(False)
+        heat = axes.scatter(plane[:, 0], plane[:, 1], size, which, cmap="viridis", linewidths=0)
+        figure.colorbar(heat, ax=axes, label=label).outline.set_visible(False)
         return figure
     for number, name in enumerate(classes):
         here = plane[which == number]
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number // len(COLOURS)]
-        look: dict[str, Any] = {"color": colour, "marker": marker, "label": str(name)}
-        axes.scatter(here[:, 0], here[:, 1], size, linewidths=0, **look)
+        dots: dict[str, Any] = {"color": colour, "marker": marker, "label": str(name)}
+        axes.scatter(here[:, 0], here[:, 1], size, linewidths=0, **dots)
     scale = max(1.0, (40 / size) ** 0.5)
-    tight = {"handletextpad": 0.2, "handlelength": 1.2, "alignment": "left"}
-    figure.legend(loc="outside right center", title=label, markerscale=scale, **tight)
+    look: dict[str, Any] = {"handletextpad": 0.2, "handlelength": 1.2, "alignment": "left"}
+    look |= {"markerscale": scale, "ncols": 1 + (len(classes) > LONG)}
+    figure.legend(loc="outside right center", title=label, **look)
     return figure
 
 
