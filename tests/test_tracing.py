@@ -74,3 +74,21 @@ def test_unwrap_takes_observed_off_where_a_batch_comes():
     assert unwrap(model, (batch,)) == (program, batch)
     assert unwrap(model, (torch.zeros(3),)) == (model, None)
     assert unwrap(program, ()) == (program, None)
+
+
+@pytest.mark.parametrize(
+    ("scale", "words"),
+    [(torch.nan, "it has NaN"), (-1.0, r"wanted GreaterThan\(lower_bound=0.0\): softplus")],
+    ids=["nan", "negative"],
+)
+def test_parameter_that_a_distribution_does_not_take_is_one_line(scale, words):
+    def program() -> None:
+        pyro.sample(
+            "z", dist.Normal(torch.zeros(100, 20), torch.full((100, 20), scale)).to_event(2)
+        )
+
+    with pytest.raises(
+        ValueError, match=rf"^a Normal of the program came with scale .*{words}"
+    ) as e:
+        trace(program, (), {}, [])
+    assert "\n" not in str(e.value)

@@ -85,18 +85,35 @@ def trace(
     return sites, subsamples
 
 
+SHAPE = re.compile(
+    r"Shape mismatch inside plate\('(.*)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)"
+)
+PARAMETER = re.compile(
+    r"Expected parameter (\w+) \(.*?\) of distribution (\w+)\(.*?\) to satisfy the constraint "
+    r"(.*?), but found invalid values?:(.*)",
+    re.DOTALL,
+)
+
+
 def _cure(text: str) -> str:
-    """Pyro's own message about a shape beyond a plate, with the cure; any other as it is."""
-    told = re.match(
-        r"Shape mismatch inside plate\('(.*)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)", text
-    )
-    if told is None:
-        return text
-    plate, site, dim, size, came = told.groups()
-    return (
-        f"site {site!r}: its distribution has {came} at batch dim {dim}, where plate {plate!r} has "
-        f"{size} rows; move event dims into the event by .to_event(), or give the plate batch.size"
-    )
+    """Pyro's own message about a shape beyond a plate, and torch's about a distribution's parameter,
+    as one line with the cure; any other as it is."""
+    if told := SHAPE.match(text):
+        plate, site, dim, size, came = told.groups()
+        return (
+            f"site {site!r}: its distribution has {came} at batch dim {dim}, where plate {plate!r} "
+            f"has {size} rows; move event dims into the event by .to_event(), or give the plate "
+            "batch.size"
+        )
+    if told := PARAMETER.match(text):
+        name, kind, constraint, values = told.groups()
+        why = (
+            "it has NaN: look for parameters or inputs of its network that are not finite"
+            if "nan" in values
+            else f"wanted {constraint}: softplus or exp make numbers positive"
+        )
+        return f"a {kind} of the program came with {name} that it does not take; {why}"
+    return text
 
 
 def unwrap(model: Program, args: tuple[Any, ...]) -> tuple[Program, Batch | None]:
