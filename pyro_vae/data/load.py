@@ -209,7 +209,7 @@ def _resolve(source: Any, name: str) -> Path:
     if not isinstance(source, str) or "/" in name or os.sep in name or Path(name).suffix:
         return Path(name).expanduser()
     path = obtain(name)
-    if path is None and Path(name).is_dir():
+    if path is None and name and Path(name).is_dir():
         return Path(name)
     if path is None:
         known = available()
