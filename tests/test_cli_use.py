@@ -160,6 +160,9 @@ def test_export(capsys):
     idata = az.from_netcdf("p.nc")
     assert dict(idata["posterior"]["z"].sizes) == {"chain": 1, "draw": 10, "row": 5, "z_dim_0": 2}
     assert set(idata["observed_data"].data_vars) == {"x"}
+    idata.close()
+    output_of("export people --rows 2 --draws 3", capsys)
+    assert Path("people/posterior.nc").exists()
 
 
 # --- figures ------------------------------------------------------------------------------------

@@ -235,7 +235,9 @@ def encode(
 @app.command()
 def export(
     run: RunFolder,
-    out: Out,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="file to write (default: posterior.nc in RUN)")
+    ] = None,
     data_name: RunData = None,
     split: Split = "test",
     rows: Rows = 100,
@@ -247,9 +249,10 @@ def export(
     """Write posterior draws, predictive draws and importance weights for ArviZ (netCDF).
 
     \b
-    pyro-vae export runs/a --out runs/a/posterior.nc
+    pyro-vae export runs/a --rows 50 --draws 500
     python -c "import arviz as az; print(az.from_netcdf('runs/a/posterior.nc'))"
     """
+    out = run / "posterior.nc" if out is None else out
     if out.suffix != ".nc":
         raise ValueError(f"--out: came {out}, wanted a name that ends in .nc")
     if not out.parent.is_dir():
