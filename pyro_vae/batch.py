@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
 __all__ = ["Batch", "Observed", "take"]
+
+PER_ENTRY = ("log_jacobian", "mean", "scale")  # what a step of a record may have entry by entry
 
 
 class Batch:
@@ -216,17 +218,22 @@ class Batch:
         return new
 
     def steps(self, site: str) -> Batch:
-        """Split ``[B, T, *event]`` into sites ``site_0 .. site_{T-1}``, each ``[B, *event]``."""
+        """Split ``[B, T, *event]`` into sites ``site_0 .. site_{T-1}``, each ``[B, *event]``.
+
+        What the record says of the site it then says of each of them.
+        """
         new = self.without(site)
-        if self[site].dim() < 2:
+        shape = self[site].shape
+        if len(shape) < 2:
             raise ValueError(
                 f"site {site!r}: steps() came {list(self[site].shape)}, wanted [B, T, *event]"
             )
-        for t in range(self[site].shape[1]):
+        for t in range(shape[1]):
             new._values[f"{site}_{t}"] = self[site][:, t]
             if site in self._observed:
                 new._observed[f"{site}_{t}"] = self._observed[site][:, t]
                 new._fill[f"{site}_{t}"] = self._fill[site]
+        new.record = _split_record(self.record, site, shape[1:])
         return new
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> Batch:
@@ -278,6 +285,35 @@ def _unflatten(leaves: Iterable[Any], context: Any) -> Batch:
 
 
 register_pytree_node(Batch, _flatten, _unflatten, serialized_type_name="pyro_vae.Batch")
+
+
+def _split_record(record: Mapping[str, Any], site: str, shape: Sequence[int]) -> dict[str, Any]:
+    """The record of a batch whose site with event ``[T, *event]`` is now T sites."""
+    names = [f"{site}_{t}" for t in range(shape[0])]
+    new = dict(record)
+    if "steps" in record:
+        new["steps"] = [
+            each
+            for step in record["steps"]
+            for each in (
+                [_part_of_step(step, name, t, shape) for t, name in enumerate(names)]
+                if step["site"] == site
+                else [step]
+            )
+        ]
+    if site in record.get("levels", {}):
+        levels = dict(record["levels"])
+        new["levels"] = levels | dict.fromkeys(names, levels.pop(site))
+    return new
+
+
+def _part_of_step(
+    step: Mapping[str, Any], name: str, t: int, shape: Sequence[int]
+) -> dict[str, Any]:
+    """What was done to entry t of a site alone; a bare number is that of all entries."""
+    lists = {key: step[key] for key in PER_ENTRY if isinstance(step.get(key), list)}
+    parts = {key: np.broadcast_to(values, shape)[t].tolist() for key, values in lists.items()}
+    return {**step, "site": name, **parts}
 
 
 def _as_tensor(site: str, value: Any) -> Tensor:

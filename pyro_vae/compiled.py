@@ -18,6 +18,13 @@ __all__ = ["LEVELS", "PRECISIONS", "Step", "in_precision", "make_step"]
 Step = Callable[..., Tensor]
 LEVELS = ("auto", "eager")
 PRECISIONS = ("full", "bf16")
+MULTIPLYING = (
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)
 
 
 def make_step(
@@ -32,7 +39,7 @@ def make_step(
     """A function of a batch that takes an optimizer step and returns the loss in nats per row.
 
     Given several batches, it takes one step with the gradient of the mean over all their rows, one
-    batch in memory at a time. The loss stays a tensor on its device: reading it is what
+    batch's graph in memory at a time. The loss stays a tensor on its device: reading it is what
     synchronises, so the caller decides when.
 
     Args:
@@ -41,7 +48,8 @@ def make_step(
         precision: of the networks in the loss, see ``in_precision``.
 
     Raises:
-        ValueError: unknown level or precision, parameters that the precision can't help.
+        ValueError: unknown level or precision; parameters, or at a step layers, that the precision
+            can't help.
     """
     if level not in LEVELS:
         raise ValueError(f"compile: came {level!r}, wanted one of {list(LEVELS)}")
@@ -65,6 +73,11 @@ def make_step(
             for batch in batches:
                 loss.step.copy_(now)  # schedules count optimizer steps
                 total, counted = loss.loss_and_rows(batch)
+                if precision != "full" and not reached:
+                    raise ValueError(
+                        f"precision: came {precision!r} for a pair without a layer that it makes "
+                        "faster, wanted nn.Linear, convolutions, recurrent layers or attention"
+                    )
                 per_row = total / (counted / (len(batch) / rows))
                 per_row.backward()
                 value = value + per_row.detach()
@@ -73,7 +86,7 @@ def make_step(
             losses.append(value)
             return value
 
-        with in_precision(precision, now.device):
+        with in_precision(precision, now.device) as reached:
             optimizer.step(closure)
         if scheduler is not None:
             scheduler.step()
@@ -83,30 +96,32 @@ def make_step(
 
 
 @contextmanager
-def in_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """Let networks compute in a precision.
+def in_precision(precision: str, device: torch.device) -> Iterator[list[nn.Module]]:
+    """Let networks compute in a precision; yields the modules that did, call by call.
 
-    ``"bf16"``: the outermost ``torch.nn`` modules run under ``torch.autocast`` and what they return
-    is cast back to float32. So matrix products and the activations between layers are in bfloat16,
-    while what becomes of a network's output is not: in bfloat16 a log density of 100 nats is known
-    to within half a nat. Parameters stay what they are, and so do distributions, flows (Pyro's
-    layers are its own) and products that a program writes out by hand.
+    ``"bf16"``: the layers that multiply matrices (``MULTIPLYING``, subclasses such as
+    ``PyroModule[nn.Linear]`` or Pyro's masked layers included) run under ``torch.autocast``, and what
+    they return is cast back to float32. All else sees float32: nonlinearities (in bfloat16, a
+    sigmoid of 7 is 1), normalisation, distributions, sums (a log density of 100 nats would be
+    known to within half a nat), parameters, and products that a program writes out by hand.
     """
     running: list[tuple[nn.Module, Any]] = []
+    reached: list[nn.Module] = []
 
     def enter(module: nn.Module, args: Any) -> None:
-        if not running and type(module).__module__.startswith("torch.nn."):
+        if isinstance(module, MULTIPLYING):
+            reached.append(module)
             running.append((module, torch.autocast(device.type, torch.bfloat16)))
-            running[0][1].__enter__()
+            running[-1][1].__enter__()
 
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
-        if not running or running[0][0] is not module:
+        if not running or running[-1][0] is not module:
             return None
         running.pop()[1].__exit__(None, None, None)
         return tree_map_only(Tensor, _widened, output)
 
     if precision == "full":
-        yield
+        yield reached
         return
     # Hooks for all modules: a pair of functions does not say which ones it uses.
     hooks = [
@@ -114,7 +129,7 @@ def in_precision(precision: str, device: torch.device) -> Iterator[None]:
         register_module_forward_hook(leave, always_call=True),
     ]
     try:
-        yield
+        yield reached
     finally:
         for hook in hooks:
             hook.remove()

@@ -977,3 +977,10 @@ def test_a_network_that_is_not_registered_is_refused():
 
     with pytest.raises(ValueError, match=r"a tensor \[3, 3\] wants a gradient .* nn\.ModuleList"):
         fit(Hidden(), Guide(), data(10), steps=1)
+
+
+def test_row_weights_count_alike_in_loss_and_valid():
+    model, x, weights = LinearBatchModel(), data(5), torch.tensor([0.0, 1.0, 2.0, 1.5, 0.5])
+    batch = Batch({"x": x}, weights=weights)
+    run = fit(model, ExactGuide(model), batch, epochs=1, optimizer=STAND_STILL, valid=batch)
+    assert run.history[0]["valid"] == pytest.approx(-run.history[0]["loss"])

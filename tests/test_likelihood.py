@@ -100,7 +100,7 @@ def assert_bounds(e: Evaluation, exact: Tensor) -> None:
     for bound in (e.log_p, e.log_p_tenth):
         ratio = (bound.reshape(-1, len(exact)) - exact).exp()
         errors = ratio.std(0) / math.sqrt(len(ratio))
-        assert bool((errors < 0.1).all()), f"too noisy to tell: {errors}"
+        assert bool((errors < 0.15).all()), f"too noisy to tell: {errors}"
         assert bool(((ratio.mean(0) - 1).abs() <= SIGMAS * errors + 1e-9).all()), ratio.mean(0)
     for low, high in ((e.elbo, e.log_p_tenth), (e.log_p_tenth, e.log_p)):
         mean, error = mean_and_error(low - high)
@@ -113,8 +113,8 @@ def assert_bounds(e: Evaluation, exact: Tensor) -> None:
 PAIRS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "diagonal": lambda: (LinearModel(), Guide()),
     "flow": lambda: (LinearModel(), FlowGuide(lambda: flows.affine_coupling(2, [4]))),
-    "full covariance, too narrow": lambda: narrow(0.8),
-    "discrete": lambda: (DiscreteModel(), DiscreteGuide(sharpness=4.0)),
+    "full covariance, too narrow": lambda: narrow(0.6),
+    "discrete": lambda: (DiscreteModel(), DiscreteGuide(sharpness=8.0)),
 }
 
 
@@ -644,3 +644,13 @@ def test_a_single_row():
     assert e.proposals == ("not widened",)  # there is no other row to choose by
     assert e.log_p.shape == (1,)
     assert "nan" in str(e)
+
+
+@pytest.mark.parametrize("num_particles", [1, 10, 50])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_exact_is_not_widened(num_particles: int, seed: int):
+    """The choice is made at K particles, and not from noise: a widening of no use does harm."""
+    model = LinearModel()
+    e = evaluate(model, ExactGuide(model), data(200), num_particles, seed=seed)
+    assert e.proposals == ("not widened",)
+    torch.testing.assert_close(e.log_p, model.evidence(data(200)))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyro_vae.batch import Batch
 from pyro_vae.objectives import elbo, iwae
+from pyro_vae.objectives.plan import make_plan
 from tests.small_pairs import (
     Guide,
     LinearModel,
@@ -294,3 +295,34 @@ def test_a_forgotten_to_event_is_named_with_its_cure():
 
     with pytest.raises(ValueError, match=r"site 'x': its distribution has 3 .* by \.to_event\(\)"):
         plan_of(model, lambda x: None, data(6))
+
+
+class _Embedded(nn.Module):
+    """y ~ Cat, z ~ N(0, 1), x ~ N(w_y + z, 1), y missing and not in the guide."""
+
+    def __init__(self, weights: list[float]) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(len(weights)))
+        self.weights = nn.Parameter(torch.tensor(weights))
+
+    def forward(self, batch: Batch) -> None:
+        with pyro.plate("data", batch.size, dim=-1):
+            y = pyro.sample("y", dist.Categorical(logits=self.logits))
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(self.weights[y] + z, 1.0))
+
+
+def _standard(batch: Batch) -> None:
+    with pyro.plate("data", batch.size, dim=-1):
+        pyro.sample("z", dist.Normal(torch.zeros(batch.size), 1.0))
+
+
+@pytest.mark.parametrize("weights", [[0.0, 5.0, 0.0], [0.0, 0.0, 0.0]], ids=["ends alike", "zero"])
+@pytest.mark.parametrize("seed", range(6))
+def test_dependence_is_found_whatever_was_drawn_and_whatever_the_weights(weights, seed):
+    torch.manual_seed(seed)
+    model = _Embedded(weights)
+    before = [p.detach().clone() for p in model.parameters()]
+    plan = make_plan(model, _standard, (Batch({"x": torch.zeros(3)}),), {})
+    assert plan.drawn_parents == ("y",)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

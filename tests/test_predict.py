@@ -650,3 +650,18 @@ def test_a_pair_on_the_accelerator_takes_rows_from_anywhere():
         sample(model, given=batch, guide=guide, mean=True),
     ):
         assert all(value.device.type == "cpu" and len(value) == ROWS for value in out.values())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_has_children_is_no_leaf_whatever_was_drawn(seed):
+    """Classes 0 and 2 give x the same density; whether y is a leaf must not hang on the seed."""
+    weights = torch.tensor([0.0, 5.0, 0.0])
+
+    def model(batch: Batch) -> None:
+        with pyro.plate("data", batch.size, dim=-1):
+            y = pyro.sample("y", dist.Categorical(torch.ones(batch.size, 3)))
+            pyro.sample("x", dist.Normal(weights[y], 0.1))
+
+    drawn = sample(model, 40, mean=True, seed=seed)
+    assert drawn["y"].shape == (40,)
+    torch.testing.assert_close(drawn["x"], weights[drawn["y"]])

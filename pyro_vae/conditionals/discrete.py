@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
 from pyro_vae.conditionals import marginal
+from pyro_vae.conditionals.continuous_bernoulli import ExactContinuousBernoulli
 from pyro_vae.conditionals.network import Network, independent, outputs, positive, several
 from pyro_vae.conditionals.special import HALF_LOG_2PI, remainder
 from pyro_vae.nn.affine import Affine
@@ -53,19 +54,6 @@ class Bernoulli(nn.Module):
         return independent(_Bernoulli(logits=logits), len(self.event_shape))
 
 
-class _ContinuousBernoulli(dist.ContinuousBernoulli):  # type: ignore[misc]
-    """Torch's, whose normaliser comes from probabilities and has no digits left at large logits."""
-
-    def _cont_bern_log_norm(self) -> Tensor:
-        """log of l / tanh(l / 2) for logits l, by its series near 0."""
-        size = self.logits.abs()
-        small = size < 0.1
-        away = torch.where(small, 1.0, size)  # its gradient at 0 would be NaN
-        square = size.square()
-        near = math.log(2.0) + square * (1 / 12 - square * (7 / 1440 - square * 31 / 90720))
-        return torch.where(small, near, (away / (away / 2).tanh()).log())
-
-
 class ContinuousBernoulli(nn.Module):
     """Values in [0, 1] (Loaiza-Ganem and Cunningham 2019, arXiv:1907.06845).
 
@@ -96,7 +84,7 @@ class ContinuousBernoulli(nn.Module):
     def forward(self, *parents: Tensor) -> TorchDistribution:
         """ContinuousBernoulli with event ``[*event]``."""
         logits = outputs(self, self.net, parents, *self.event_shape)
-        return independent(_ContinuousBernoulli(logits=logits), len(self.event_shape))
+        return independent(ExactContinuousBernoulli(logits=logits), len(self.event_shape))
 
 
 class Binomial(nn.Module):

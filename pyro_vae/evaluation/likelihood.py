@@ -252,7 +252,8 @@ def evaluate(
         latents = LatentTable()
         halves = [torch.arange(start, len(data), 2) for start in range(min(2, len(data)))]
         chosen = [
-            _choose(options, model, guide, data, plan, other, chunk) for other in reversed(halves)
+            _choose(options, model, guide, data, plan, other, num_particles, chunk)
+            for other in reversed(halves)
         ]
         columns: list[tuple[Tensor, ...]] = []
         for half, proposal in zip(halves, chosen, strict=True):
@@ -379,19 +380,28 @@ def _choose(
     data: Batch | Tensor,
     plan: Plan,
     rows: Tensor,
+    num_particles: int,
     chunk: int,
 ) -> Proposal:
-    """The proposal with the highest bound on pilot rows."""
+    """The proposal with the highest bound on pilot rows, if that beats the first, the guide as it is,
+    by more than two standard errors, paired by row."""
     if len(options) == 1 or len(data) < 2:
         return options[0]
     rows = rows[:: max(1, len(rows) // PILOT_ROWS)][:PILOT_ROWS]
     args = (take(data, rows),)
+    pilots = min(num_particles, PILOT_PARTICLES)  # what suits many particles need not suit few
 
-    def bound(proposal: Proposal) -> float:
-        log_p = _stream(proposal, model, guide, args, plan, PILOT_PARTICLES, chunk)[0]
-        return float(log_p.mean())
+    def bound(proposal: Proposal) -> Tensor:
+        repeats = range(PILOT_PARTICLES // pilots)
+        runs = [_stream(proposal, model, guide, args, plan, pilots, chunk)[0] for _ in repeats]
+        return torch.stack(runs).mean(0)
 
-    return max(options, key=bound)
+    first, *others = map(bound, options)
+    best = max(range(len(others)), key=lambda i: float(others[i].mean()))
+    gain, error = mean_and_error(others[best] - first)
+    if not math.isfinite(error):  # a single row, or one where the guide never draws what it takes
+        error = 0.0
+    return options[1 + best] if gain > 2 * error else options[0]
 
 
 def _stream(

@@ -22,7 +22,7 @@ from pyro_vae.evaluation.sites import (
     where_data,
     whole,
 )
-from pyro_vae.objectives.plan import Plan, make_plan, other_values
+from pyro_vae.objectives.plan import Plan, dependents, make_plan
 from pyro_vae.objectives.support import check_data, kind
 from pyro_vae.objectives.tracing import Replay, Site, trace, unmasked_fn, unwrap
 
@@ -284,24 +284,14 @@ def _draw(
 
 
 def _leaves(model: Program, guide: Program, rows: Batch | Tensor) -> set[str]:
-    """Sites that the model draws and on which no other depends: each is changed, and the densities
-    of the others looked at."""
+    """Sites that the model draws and on which no other depends."""
     drawn, sites = _draw(model, guide, rows)
     bare, _ = unwrap(model, (rows,))
     values = {name: site["value"] for name, site in sites.items()}
 
-    def densities(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        torch.manual_seed(0)  # the same noise, if a program has some beside its sites
-        again, _ = trace(bare, (rows,), {}, [Replay(values)])
-        return {name: site["fn"].log_prob(site["value"]) for name, site in again.items()}
-
     def is_leaf(name: str) -> bool:
-        changed = other_values(unmasked_fn(sites[name]), values[name])
-        after = [densities({**values, name: other}) for other in changed]
-        others = set(before) - {name}
-        return all(torch.equal(each[other], before[other]) for each in after for other in others)
+        return not dependents(bare, (rows,), {}, values, name, unmasked_fn(sites[name]))
 
-    before = densities(values)
     candidates = set(sites) - set(drawn)
     return {s for s in candidates if where_data(sites[s]) is not True and is_leaf(s)}
 
@@ -327,6 +317,11 @@ def means(
             fn = unmasked_fn(site)
             mean = _mean(what, name, fn, fn() if draw else None)
             out[name] = plan.canonical(mean, event_dim_of(fn), size, True)
+    if not out:
+        raise ValueError(
+            f"{what}: no site is data alone; the guide proposes {sorted(proposed)}: complete rows by "
+            "sample(model, given=rows, guide=guide)"
+        )
     return out
 
 

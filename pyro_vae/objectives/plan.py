@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import dropwhile
 from typing import Any, NamedTuple
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from pyro_vae.batch import Batch, Condition
 from pyro_vae.objectives.support import Support, supports
-from pyro_vae.objectives.swap import owner, parameters, preserved, swapped
+from pyro_vae.objectives.swap import owner, parameters, preserved, shaken, swapped
 from pyro_vae.objectives.tracing import (
     Program,
     Replay,
@@ -38,12 +39,15 @@ __all__ = [
     "SitesChanged",
     "broadcasts",
     "check_sites",
+    "dependents",
     "factor_blockers",
     "make_plan",
-    "other_values",
     "problems",
     "site_names",
 ]
+
+
+SUPPORT = 32  # values of a support that are tried
 
 
 class SitesChanged(ValueError):
@@ -390,32 +394,55 @@ def _drawn_parents(
     if all(unmasked_fn(sites[name]).has_rsample for name in drawn):
         return ()
 
-    def densities(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        torch.manual_seed(0)  # the same dropout each time; the caller restores the random state
-        replayed, _ = trace(model, args, kwargs, [Replay(values)])
-        return {name: elementwise(s["fn"], s["value"])[0] for name, s in replayed.items()}
-
-    base, parents = densities(values), []
-    counts = {name for name, site in sites.items() if site["is_observed"] or name in guide}
+    counts, parents = {n for n, site in sites.items() if site["is_observed"] or n in guide}, []
     for name in reversed(drawn):  # children before their parents
-        for other in other_values(unmasked_fn(sites[name]), sites[name]["value"]):
-            moved = densities({**values, name: other})
-            if any(not torch.equal(moved[s], base[s]) for s in counts - {name}):
-                counts.add(name)
-                parents.append(name)
-                break
+        moved = dependents(model, args, kwargs, values, name, unmasked_fn(sites[name]))
+        if moved & counts:
+            counts.add(name)
+            parents.append(name)
     return tuple(name for name in reversed(parents) if not unmasked_fn(sites[name]).has_rsample)
 
 
-def other_values(fn: Any, value: Tensor) -> list[Tensor]:
+def dependents(
+    program: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    values: Mapping[str, Tensor],
+    name: str,
+    fn: Any,
+) -> set[str]:
+    """Other sites whose density depends on the value of a site. Found by changing the value and
+    looking, at parameters beside the program's own: at weights that start at 0 nothing depends on
+    anything. Moves the random state.
+
+    Args:
+        values: of all sites.
+        name, fn: the site and its distribution.
+    """
+
+    def densities(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        torch.manual_seed(0)  # the same dropout each time
+        replayed, _ = trace(program, args, kwargs, [Replay(values)])
+        found = {n: elementwise(s["fn"], s["value"])[0] for n, s in replayed.items() if n != name}
+        return {site: term.nan_to_num() for site, term in found.items()}
+
+    changed = _other_values(fn, values[name])
+    with shaken(program), pyro.validation_enabled(False):
+        base = densities(values)
+        every = [densities({**values, name: other}) for other in changed]
+    return {s for moved in every for s in base if not torch.equal(moved[s], base[s])}
+
+
+def _other_values(fn: Any, value: Tensor) -> list[Tensor]:
+    """All values of a small support, some of a large one, a few draws where it has no end."""
     if fn.has_enumerate_support:
         try:
             support = fn.enumerate_support(expand=False)
         except NotImplementedError:  # Binomial, where rows differ in their total count
             pass
         else:
-            ends = support[[0, -1]].to(value.dtype)
-            return [end.expand(value.shape) for end in ends]
+            tried = torch.linspace(0, len(support) - 1, min(len(support), SUPPORT)).round().long()
+            return [support[i].to(value.dtype).expand(value.shape) for i in tried]
     return [fn.sample().to(value.dtype) for _ in range(4)]
 
 

@@ -77,7 +77,8 @@ class Beta(Rate):
         rate: what is weighed.
 
     Raises:
-        ValueError: a negative number; at the first call, a site that is not a latent of the guide.
+        ValueError: a negative number; at the first call, a site that neither program has. One that
+            is data in a batch has no rate there.
     """
 
     def __init__(
@@ -106,8 +107,8 @@ class Beta(Rate):
     def _at(self, site: str, particles: Particles, step: Tensor) -> float | Tensor:
         if not isinstance(self.beta, dict):
             return schedules.value(self.beta, step)
-        latents = {*particles.posterior, *particles.prior, *particles.guide}
-        if unknown := set(self.beta) - latents:
+        # a label may be data in this batch and a latent in the next
+        if unknown := set(self.beta) - {*particles.posterior, *particles.model}:
             raise ValueError(
                 f"Beta: came sites {sorted(unknown)}, the guide's latents are "
                 f"{sorted(particles.posterior)}"

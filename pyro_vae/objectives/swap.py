@@ -11,7 +11,15 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Rewound", "own_parameters", "owner", "parameters", "preserved", "swapped"]
+__all__ = [
+    "Rewound",
+    "own_parameters",
+    "owner",
+    "parameters",
+    "preserved",
+    "shaken",
+    "swapped",
+]
 
 
 def owner(program: Callable[..., Any]) -> nn.Module | None:
@@ -53,6 +61,23 @@ def swapped(module: nn.Module, new: Mapping[int, Tensor]) -> Iterator[None]:
     finally:
         for home, name, tensor in undo:
             home[name] = tensor
+
+
+@contextmanager
+def shaken(program: Callable[..., Any]) -> Iterator[None]:
+    """Let a program have parameters a little beside its own, of the same signs; 0 becomes small."""
+    module = owner(program)
+    tensors = pyro.get_param_store()._params.values() if module is None else parameters(module)
+    kept = {id(t): (t, t.data) for t in tensors if t.is_floating_point()}
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for tensor, data in kept.values():
+            noise = 0.1 * torch.randn(data.shape, generator=generator).to(data)
+            tensor.data = torch.where(data == 0, noise, data * (1 + noise))
+        yield
+    finally:
+        for tensor, data in kept.values():
+            tensor.data = data
 
 
 @contextmanager

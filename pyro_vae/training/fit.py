@@ -130,7 +130,8 @@ def fit(
             judges ``valid``. The noise that it adds to a loss is far below that of the draws.
         compile: level of ``compiled.make_step``.
 
-        valid: held-out rows.
+        valid: held-out rows. With row weights w, bounds here and in the loss are the sum of w times
+            a row's bound, divided by the number of rows.
         monitor: the bound to select by, default the ELBO at beta = 1 with 8 particles.
         patience: epochs without improvement on ``valid`` after which training stops.
         ema: decay of an exponential moving average of the parameters, 0.999 say, which is min(ema,
@@ -410,14 +411,16 @@ def _dump(state: Progress, run: Run) -> dict[str, Any]:
 def _held_out(
     monitor: Objective, loss: ObjectiveModule, valid: Batch | Tensor, batch_size: int, seed: int
 ) -> float:
-    """Mean bound on the validation rows, always with the same draws; nats per row."""
+    """Mean bound on the validation rows, always with the same draws, row weights as in the loss: nats
+    per row."""
     loss.eval()
     with preserved(loss.model, loss.guide), pyro.validation_enabled(False), torch.no_grad():
         torch.manual_seed(seed)
         parts = torch.arange(len(valid), device=loss.step.device).split(max(batch_size, 500))
         bounds = [monitor.rows(loss.model, loss.guide, take(valid, rows)) for rows in parts]
     loss.train()
-    return float(torch.cat(bounds).mean())
+    weights = valid.weights if isinstance(valid, Batch) else None
+    return float((torch.cat(bounds) * (1.0 if weights is None else weights)).mean())
 
 
 def _improves(record: dict[str, float], best: dict[str, float]) -> bool:
