@@ -188,6 +188,7 @@ class Batch:
         new = self._map(lambda tensor: tensor)
         new._values = {site: value for site, value in self._values.items() if site not in drop}
         new._observed = {site: mask for site, mask in self._observed.items() if site not in drop}
+        new._fill = {site: number for site, number in self._fill.items() if site not in drop}
         return new
 
     def hide(self, site: str, mask: Any) -> Batch:
@@ -290,20 +291,18 @@ register_pytree_node(Batch, _flatten, _unflatten, serialized_type_name="pyro_vae
 def _split_record(record: Mapping[str, Any], site: str, shape: Sequence[int]) -> dict[str, Any]:
     """The record of a batch whose site with event ``[T, *event]`` is now T sites."""
     names = [f"{site}_{t}" for t in range(shape[0])]
+
+    def split(step: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        if step["site"] != site:
+            return [step]
+        return [_part_of_step(step, name, t, shape) for t, name in enumerate(names)]
+
     new = dict(record)
     if "steps" in record:
-        new["steps"] = [
-            each
-            for step in record["steps"]
-            for each in (
-                [_part_of_step(step, name, t, shape) for t, name in enumerate(names)]
-                if step["site"] == site
-                else [step]
-            )
-        ]
+        new["steps"] = [part for step in record["steps"] for part in split(step)]
     if site in record.get("levels", {}):
-        levels = dict(record["levels"])
-        new["levels"] = levels | dict.fromkeys(names, levels.pop(site))
+        others = {other: n for other, n in record["levels"].items() if other != site}
+        new["levels"] = others | dict.fromkeys(names, record["levels"][site])
     return new
 
 

@@ -39,7 +39,7 @@ def make_step(
     """A function of a batch that takes an optimizer step and returns the loss in nats per row.
 
     Given several batches, it takes one step with the gradient of the mean over all their rows, one
-    batch's graph in memory at a time. The loss stays a tensor on its device: reading it is what
+    batch's activations in memory at a time. The loss stays a tensor on its device: reading it is what
     synchronises, so the caller decides when.
 
     Args:

@@ -73,6 +73,20 @@ class Guide(nn.Module):
             pyro.sample("z", self.posterior(x))
 
 
+def as_functions(model: nn.Module, guide: nn.Module) -> tuple[Program, Program]:
+    """The pair as plain functions, which do not say which modules they use."""
+
+    def run_model(x: Tensor) -> None:
+        pyro.module("model", model)
+        model.forward(x)
+
+    def run_guide(x: Tensor) -> None:
+        pyro.module("guide", guide)
+        guide.forward(x)
+
+    return run_model, run_guide
+
+
 class PyroParamGuide(PyroModule):
     """A constrained parameter, which Pyro's store would put back."""
 

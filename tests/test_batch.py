@@ -242,6 +242,25 @@ def test_steps() -> None:
         steps.steps("y")
 
 
+def test_what_the_record_says_of_a_site_it_says_of_its_steps() -> None:
+    before = {"site": "x", "step": "dequantize", "log_jacobian": -5.5, "text": "x: noise"}
+    other = {"site": "y", "step": "cast"}
+    mean, scale = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], [2.0, 8.0]  # the scale of all steps alike
+    step = {"site": "x", "step": "standardize", "mean": mean, "scale": scale, "log_jacobian": -1}
+    record = {"steps": [before, other, step], "levels": {"x": 256, "y": 16}, "name": "a"}
+    batch = Batch({"x": np.zeros((4, 3, 2)), "y": [0, 1, 2, 3]}, record=record)
+    came = batch.steps("x").record
+    assert came["levels"] == {"y": 16, "x_0": 256, "x_1": 256, "x_2": 256}
+    assert came["name"] == "a"
+    assert came["steps"] == [
+        *({**before, "site": f"x_{t}"} for t in range(3)),
+        other,
+        *({**step, "site": f"x_{t}", "mean": mean[t], "scale": scale} for t in range(3)),
+    ]
+    assert batch.record == record
+    assert Batch({"x": np.zeros((4, 3, 2))}).steps("x").record == {}
+
+
 # --- pytree -------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ def fn(logits: Tensor) -> ExactContinuousBernoulli:
     return ExactContinuousBernoulli(logits=logits)
 
 
-def exact(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def exact(logits: Tensor) -> tuple[Tensor, ...]:
     """Mean, variance, third central moment (the derivative of the variance) and entropy."""
     found = []
     with localcontext() as context:
@@ -37,8 +37,7 @@ def exact(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             third = -2 / at**3 + cosh / (4 * sinh**3)
             entropy = ((up - 1) / at).ln() - at * mean
             found.append([float(each) for each in (mean, variance, third, entropy)])
-    mean, variance, third, entropy = torch.tensor(found, dtype=torch.float64).unbind(1)
-    return mean, variance, third, entropy
+    return tuple(torch.tensor(found, dtype=torch.float64).unbind(1))
 
 
 def gradient(value: Tensor, logits: Tensor) -> Tensor:

@@ -175,6 +175,45 @@ def test_twice_is_as_good_as_once(tmp_path: Path) -> None:
         assert torch.allclose(undo(twice, "x", values), torch.tensor(X))
 
 
+def test_sequences_that_are_split_into_steps() -> None:
+    """Units and the way back are those of the whole sequence, slice by slice."""
+    x = np.random.default_rng(4).normal(3.0, [[1.0, 20.0]] * 5, (30, 5, 2))
+    x[np.random.default_rng(5).random(x.shape) < 0.3] = np.nan
+    (whole,) = standardize(Batch({"x": x}))
+    steps = whole.steps("x")
+    names = [f"x_{t}" for t in range(5)]
+    wanted = log_jacobian(whole, ["x"])
+    assert float(wanted.abs().min()) > 0
+    assert torch.allclose(log_jacobian(steps, names), wanted)
+    for t, name in enumerate(names):
+        back = undo(steps, name, steps[name]).where(steps.mask(name), torch.nan)
+        assert np.allclose(back, x[:, t], equal_nan=True)
+    assert json.loads(json.dumps(steps.record)) == steps.record
+    again = standardize_as(steps.record, Batch({"x": x}).steps("x"))
+    assert all(torch.equal(again[name], steps[name]) for name in names)
+
+
+@pytest.mark.parametrize("case", ["held", "beside", "mapped", "twice"])
+def test_a_large_mean_in_float32(tmp_path: Path, case: str) -> None:
+    """It is not rounded itself, and neither is the way back."""
+    torch.set_default_dtype(torch.float32)
+    x = np.random.default_rng(6).normal(1e6 + 0.031, 1.0, (4000, 1)).astype(np.float32)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    np.save(folder / "t.npy", x)
+    np.save(folder / "x.npy", np.full((4000, 2, 2), 255, dtype=np.uint8))
+    options = {"held": {}, "beside": {"binarize": "dynamic"}}.get(case, {"mmap": True})
+    (scaled,) = standardize(load(folder, **options), sites=["t"])
+    if case == "twice":
+        (scaled,) = standardize(scaled, sites=["t"])
+    values = scaled.rows(slice(None))["t"]
+    assert values.dtype == torch.float32
+    exact = (x.astype(np.float64) - x.mean(dtype=np.float64)) / x.std(dtype=np.float64)
+    assert np.abs(values.double().numpy() - exact).max() < 1e-6
+    assert abs(float(values.double().mean())) < 1e-6
+    assert np.array_equal(undo(scaled, "t", values), x)
+
+
 @pytest.mark.parametrize(
     ("others", "sites", "message"),
     [

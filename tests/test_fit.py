@@ -41,6 +41,7 @@ from tests.small_pairs import (
     LinearModel,
     MethodPair,
     PyroParamGuide,
+    as_functions,
     batch_norm,
     data,
 )
@@ -414,6 +415,30 @@ def test_held_out_rows_change_nothing_but_what_is_kept():
         run = fit(model, guide, data(8), epochs=3, batch_size=4, valid=valid)
         histories.append([record["loss"] for record in run.history])
     assert histories[0] == histories[1]
+
+
+def test_held_out_rows_move_no_statistics_of_functions():
+    """They are judged in evaluation mode, and training goes on as it would have without them."""
+    options: dict[str, Any] = {"epochs": 3, "batch_size": 4, "optimizer": SGD}
+
+    def pair() -> tuple[LinearModel, Guide]:
+        torch.manual_seed(0)
+        model = LinearModel()
+        model.net = nn.Sequential(model.net, nn.Dropout(0.5))  # type: ignore[assignment]
+        return model, Guide(batch_norm())
+
+    def trained(valid: Tensor | None) -> tuple[Run, list[Tensor]]:
+        pyro.clear_param_store()
+        model, guide = pair()
+        run = fit(*as_functions(model, guide), data(8), valid=valid, **options)
+        assert all(part.training for part in [*model.modules(), *guide.modules()])
+        return run, [buffer.clone() for buffer in guide.buffers()]
+
+    (_, alone), (run, found) = trained(None), trained(data(5, seed=1) + 3)
+    assert all(map(torch.equal, found, alone))
+    pyro.clear_param_store()
+    wanted = fit(*pair(), data(8), valid=data(5, seed=1) + 3, **options)
+    assert plain(run.history) == plain(wanted.history)
 
 
 def test_callbacks():

@@ -40,6 +40,7 @@ from tests.small_pairs import (
     Guide,
     LinearModel,
     PyroParamGuide,
+    as_functions,
     batch_norm,
     data,
 )
@@ -416,6 +417,28 @@ def test_dropout_is_off():
     )
 
 
+def noisy_pair() -> tuple[Any, Any]:
+    """Dropout in the decoder, running statistics in the encoder, which are not those of the data."""
+    torch.manual_seed(0)
+    model, guide = LinearModel(), Guide(batch_norm())
+    model.net = nn.Sequential(model.net, nn.Dropout(0.5))  # type: ignore[assignment]
+    guide.net(data(50, seed=7) + 0.3)
+    return model, guide
+
+
+def test_functions_are_judged_as_the_modules_that_they_call():
+    x, pair = data(6), noisy_pair()
+    wanted = evaluate(*pair, x, 20, seed=3)
+    functions, before = as_functions(*pair), everything(*pair)
+    names = ["guide$$$net.0.bias", "guide$$$net.0.weight", "guide$$$net.3.bias"]
+    found = evaluate(*functions, x, 20, seed=3)
+    assert torch.equal(found.log_p, wanted.log_p)
+    assert torch.equal(found.elbo, wanted.elbo)
+    assert set(names) < set(pyro.get_param_store().keys())
+    pyro.clear_param_store()
+    assert everything(*pair) == before
+
+
 def test_numbers_depend_on_the_seed_alone():
     model, guide, x = LinearModel(), Guide(), data(6)
     first = evaluate(model, guide, x, 20, seed=3)
@@ -636,6 +659,44 @@ def test_summary():
     text = str(e)
     for part in ("log p(x) >=", "±", "K = 100", "30 rows", "K / 10", "seed 0", "active units"):
         assert part in text
+
+
+@pytest.mark.parametrize("batch_size", [7, 100])
+def test_rate_and_distortion_row_by_row(batch_size: int):
+    """Against the KL and the ELBO of a linear pair."""
+    model, guide, x = LinearModel(), Guide(), data(30)
+    elbo, per_dim = (each.detach() for each in linear_elbo(model, guide, x))
+    rate = per_dim.sum(1)
+    e = evaluate(model, guide, x, 20, batch_size=batch_size)
+    assert e.rate_rows is not None
+    torch.testing.assert_close(e.rate_rows, rate)
+    summary = e.summary()
+    assert summary["rate"]["z"] == pytest.approx(float(rate.mean()))
+    assert summary["rate_se"] == pytest.approx(float(rate.std()) / math.sqrt(30))
+    distortion = -(e.elbo + rate)
+    assert summary["distortion"] == pytest.approx(float(distortion.mean()))
+    assert summary["distortion_se"] == pytest.approx(float(distortion.std()) / math.sqrt(30))
+    off, error = mean_and_error(distortion + elbo + rate)
+    assert abs(off) < SIGMAS * error
+
+
+def test_the_rate_of_a_row_is_that_of_all_sites():
+    model, guide = exact_pair("two layers")
+    e = evaluate(model, guide, data(30), 20)
+    assert len(e.rate) == 2
+    assert e.rate_rows is not None
+    total = sum(float(rate.sum()) for rate in e.rate.values())
+    assert float(e.rate_rows.mean()) == pytest.approx(total)
+
+
+def test_results_that_were_saved_without_a_rate_per_row():
+    model, guide = LinearModel(), Guide()
+    e = evaluate(model, guide, data(6), 20)
+    old = {name: value for name, value in e.arrays().items() if name != "rate_rows"}
+    again = Evaluation.from_arrays(old)
+    assert again.rate_rows is None
+    new = {"rate_se", "distortion", "distortion_se"}
+    assert again.summary() == {k: v for k, v in e.summary().items() if k not in new}
 
 
 def test_a_single_row():

@@ -289,10 +289,16 @@ def test_rates_are_sorted_and_the_active_are_coloured():
     assert colours[2] == colours[3]
     assert axes.get_title(loc="left") == "2.5 nats, 2 of 4 active"
     assert axes.get_ylabel() == "rate (nats)"
-    assert set(axes.lines[0].get_ydata()) == {latents.THRESHOLD}
-    assert (
-        plots.rates(rate, threshold=0.6).axes[0].get_title(loc="left") == "2.5 nats, 1 of 4 active"
-    )
+    assert axes.get_title(loc="left") == "2.5 nats, 2 of 4 active"
+    assert not axes.lines  # grey is another criterion's
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["not active"]
+    assert to_hex(axes.get_legend().get_patches()[0].get_facecolor()) == colours[2]
+    assert plots.rates(rate, torch.ones(4)).axes[0].get_legend() is None
+    by_rate = plots.rates(rate, threshold=0.6).axes[0]
+    assert by_rate.get_title(loc="left") == "2.5 nats, 1 of 4 active"
+    assert set(by_rate.lines[0].get_ydata()) == {0.6}
+    assert by_rate.get_legend() is None
+    assert set(plots.rates(rate).axes[0].lines[0].get_ydata()) == {latents.THRESHOLD}
 
 
 def test_rates_of_several_sites_stand_side_by_side():
@@ -440,6 +446,7 @@ def test_rate_and_distortion_with_lines_of_equal_elbo():
     assert float(np.ptp(across.get_segments()[0][:, 0])) == pytest.approx(2 * 0.5)
     assert float(np.ptp(up.get_segments()[0][:, 1])) == pytest.approx(2 * 1.5)
     assert second[0].get_xydata().tolist() == [[20.0, 75.0]]
+    assert second[1:] == ((), ())  # no caps around an error that is not known
     lines = [
         line.get_xydata() for line in axes.lines if to_hex(line.get_color()) == curves.PALE.lower()
     ]
@@ -457,8 +464,16 @@ def test_rate_and_distortion_with_lines_of_equal_elbo():
 
 def test_an_evaluation_is_a_point_of_the_plane():
     summary = {"elbo": -100.0, "rate": {"z1": 8.0, "z2": 2.0}, "log_p": -95.0}
-    points = plots.rate_distortion({"run": summary}).axes[0].containers
-    assert points[0][0].get_xydata().tolist() == [[10.0, 90.0]]
+    (point,) = plots.rate_distortion({"run": summary}).axes[0].containers
+    assert point[0].get_xydata().tolist() == [[10.0, 90.0]]
+    assert point[1:] == ((), ())
+    whole = {**summary, "distortion": 90.5, "rate_se": 0.5, "distortion_se": 1.5}
+    (point,) = plots.rate_distortion({"run": whole}).axes[0].containers
+    assert point[0].get_xydata().tolist() == [[10.0, 90.5]]
+    assert widths([*point[:2], point[2][:1]]) == pytest.approx([0.5])
+    one_row = {**whole, "rate_se": float("nan"), "distortion_se": float("nan")}
+    (point,) = plots.rate_distortion({"run": one_row}).axes[0].containers
+    assert point[1:] == ((), ())
 
 
 # ---------------------------------------------------------------------------------------------

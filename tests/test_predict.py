@@ -24,7 +24,16 @@ from tests.exact_pairs import (
     LinearBatchModel,
     LinearLadder,
 )
-from tests.small_pairs import PAIRS, X_DIM, Z_DIM, Guide, LinearModel, data
+from tests.small_pairs import (
+    PAIRS,
+    X_DIM,
+    Z_DIM,
+    Guide,
+    LinearModel,
+    as_functions,
+    batch_norm,
+    data,
+)
 
 ROWS = 6
 SIGMAS = 4.0
@@ -477,6 +486,19 @@ def test_functions():
     assert sample(model, 5)["x"].shape == (5, X_DIM)
 
 
+def test_functions_that_call_networks():
+    """Their running statistics are used and stay, their dropout is off."""
+    model, guide, x = LinearModel(), Guide(batch_norm()), data(ROWS)
+    model.net = nn.Sequential(model.net, nn.Dropout(0.5))  # type: ignore[assignment]
+    functions = as_functions(model, guide)
+    before = [buffer.clone() for buffer in guide.buffers()]
+    for look in (encode, reconstruct):
+        wanted, found = look(model, guide, x), look(*functions, x)
+        assert all(torch.equal(found[site], wanted[site]) for site in wanted)
+    assert all(map(torch.equal, guide.buffers(), before))
+    assert all(part.training for part in [*model.modules(), *guide.modules()])
+
+
 # ---------------------------------------------------------------------------------------------
 # Reconstructions
 
@@ -665,3 +687,23 @@ def test_what_has_children_is_no_leaf_whatever_was_drawn(seed):
     drawn = sample(model, 40, mean=True, seed=seed)
     assert drawn["y"].shape == (40,)
     torch.testing.assert_close(drawn["x"], weights[drawn["y"]])
+
+
+def test_factors_are_no_data():
+    class Weighted(LinearBatchModel):
+        def forward(self, batch: Any) -> None:
+            with pyro.plate("data", batch.size, dim=-1):
+                z = pyro.sample("z", dist.Normal(torch.zeros(Z_DIM), 1.0).to_event(1))
+                pyro.factor("f", z.sum(-1))
+                fn = dist.Normal(self.net(z), self.log_scale.exp())
+                pyro.sample("x", fn.to_event(1))
+
+    model, (plain, guide) = Weighted(), pair()
+    model.load_state_dict(plain.state_dict())
+    batch = Batch({"x": data(ROWS)})
+    assert list(sample(model, 4)) == list(sample(model, 4, mean=True)) == ["z", "x"]
+    with pytest.raises(ValueError, match=r"came sites \['f'\], the model has \['z', 'x'\]"):
+        sample(model, 4, sites=["f"])
+    ours, theirs = (reconstruct(each, guide, batch) for each in (model, plain))
+    assert list(ours) == ["x"]
+    assert torch.equal(ours["x"], theirs["x"])

@@ -12,7 +12,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import nn
 
-from pyro_vae.objectives.swap import owner, preserved, swapped
+from pyro_vae.objectives.swap import evaluating, owner, preserved, swapped
 from tests.small_pairs import (
     Guide,
     MethodPair,
@@ -146,3 +146,54 @@ def test_preserved_undoes_random_state_and_buffers(fails: bool):
         torch.testing.assert_close(buffer, kept)
     assert program() == first
     assert any(not torch.equal(b, k) for b, k in zip(program.buffers(), before, strict=True))
+
+
+def modes(module: nn.Module) -> list[bool]:
+    return [part.training for part in module.modules()]
+
+
+def everything(module: nn.Module) -> list[Any]:
+    return [modes(module), [buffer.tolist() for buffer in module.buffers()]]
+
+
+@pytest.mark.parametrize("owned", [True, False], ids=["owned", "called"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_evaluating_restores_every_mode(owned: bool, fails: bool):
+    net = nn.Sequential(batch_norm(), nn.Dropout().eval())
+    before, x = modes(net), data()
+    net.eval()
+    wanted = net(x)
+    for part, training in zip(net.modules(), before, strict=True):
+        part.training = training
+    try:
+        with evaluating(net if owned else lambda: net(x)):
+            assert modes(net) == ([False] * len(before) if owned else before)
+            torch.testing.assert_close(net(x), wanted)
+            assert not any(modes(net))
+            if fails:
+                raise RuntimeError
+    except RuntimeError:
+        assert fails
+    assert modes(net) == before
+
+
+@pytest.mark.parametrize("context", [preserved, evaluating])
+def test_a_module_that_is_called_after_a_part_of_it(context: Any):
+    net, x = batch_norm(), data()
+    first, part, *_ = net.children()
+    before = everything(net)
+    with context(lambda: None):
+        part(first(x))
+        net(x)
+    assert everything(net) == before
+    net(x)
+    assert everything(net) != before
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize("owned", [True, False], ids=["owned", "called"])
+def test_modules_that_make_their_buffers_later(owned: bool):
+    net = nn.LazyBatchNorm1d()
+    with preserved(net if owned else print):
+        net(data())
+    assert net.get_buffer("running_mean").shape == data().shape[1:]

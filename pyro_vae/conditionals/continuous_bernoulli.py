@@ -67,7 +67,8 @@ class ExactContinuousBernoulli(dist.ContinuousBernoulli):  # type: ignore[misc]
 
     def entropy(self) -> Tensor:
         """-E log p(x)."""
-        return softplus(self.logits) - self.logits * self.mean - self._cont_bern_log_norm()
+        entropy: Tensor = softplus(self.logits) - self.logits * self.mean
+        return entropy - self._cont_bern_log_norm()
 
     def cdf(self, value: Tensor) -> Tensor:
         """(e^(l x) - 1) / (e^l - 1); 0 and 1 outside [0, 1]."""

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Draw", "check_choice", "draws_for", "step", "uniform"]
+__all__ = ["CHUNK", "Draw", "check_choice", "draws_for", "step", "uniform"]
 
-CHUNK = 1 << 18  # entries drawn at a time, so that what lies between stays in the cache
+CHUNK = 1 << 18  # entries made at a time, so that what lies between stays in the cache
 
 
 BINARIZE = {  # what is asked for, in words

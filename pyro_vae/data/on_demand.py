@@ -16,7 +16,7 @@ from pyro_vae.batch import Batch
 from pyro_vae.data.draws import Draw
 from pyro_vae.data.source import Array, numbers
 
-__all__ = ["LOOK", "Column", "OnDemand", "Present", "first_rows"]
+__all__ = ["LOOK", "Column", "OnDemand", "Present", "first_rows", "standardized"]
 
 LOOK, ENTRIES = 10_000, 1 << 26  # rows of a mapped file that stand for all, and their entries
 LATE = (
@@ -36,6 +36,12 @@ def _let_go(source: Any) -> None:
         source._mmap.madvise(mmap.MADV_DONTNEED)
 
 
+def standardized(value: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """(x - mean) / scale of ``[B, *event]``, in float64: rounded to float32, a large mean alone would
+    be off by a part of the scale."""
+    return ((value.double() - mean) / scale).to(value.dtype)
+
+
 @dataclass(frozen=True)
 class Column:
     """The values of a site, made for the rows that are taken.
@@ -47,7 +53,7 @@ class Column:
         dtype: of the values.
         device: where rows go.
         draw: what is drawn for 8-bit images.
-        mean, scale: ``[*event]``, of values that are standardized.
+        mean, scale: ``[*event]`` float64, of values that are standardized.
         incomplete: whether NaN is expected; it means missing.
     """
 
@@ -81,7 +87,7 @@ class Column:
         else:
             value = self.draw(stored, rows.to(stored.device), self.dtype)
         if self.mean is not None and self.scale is not None:
-            value = (value - self.mean) / self.scale
+            value = standardized(value, self.mean, self.scale)
         return value
 
     def present(self, index: Any) -> Tensor:
@@ -112,7 +118,7 @@ class Column:
         if isinstance(self.source, Tensor):
             new |= {"source": self.source.to(device), "ids": self.ids.to(device)}
         if self.mean is not None and self.scale is not None:
-            new |= {"mean": self.mean.to(device, dtype), "scale": self.scale.to(device, dtype)}
+            new |= {"mean": self.mean.to(device), "scale": self.scale.to(device)}
         return replace(self, **new)
 
     def _rows(self, index: Any) -> Tensor:
@@ -274,9 +280,9 @@ class OnDemand(Batch):
         """The site as (x - mean) / scale, ``[*event]``; missing entries read as 0."""
         new = self._map(lambda held: held)
         held = self._values[site]
-        mean, scale = mean.to(held.device, held.dtype), scale.to(held.device, held.dtype)
+        mean, scale = mean.to(held.device), scale.to(held.device)
         if isinstance(held, Tensor):
-            value = (held - mean) / scale
+            value = standardized(held, mean, scale)
             complete = site not in self._observed
             new._values[site] = value if complete else value.where(self._observed[site], 0.0)
         elif held.mean is None or held.scale is None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae.batch import Batch
-from pyro_vae.data.on_demand import OnDemand
+from pyro_vae.data.draws import CHUNK
+from pyro_vae.data.on_demand import OnDemand, standardized
 from pyro_vae.data.source import as_list
 
 __all__ = ["standardize", "standardize_as", "undo"]
@@ -87,9 +88,10 @@ def undo(data: Batch | Mapping[str, Any], site: str, values: Tensor) -> Tensor:
 
 def _unscaled(step: Step, values: Tensor) -> Tensor:
     mean, scale = (
-        torch.tensor(step[name], dtype=torch.float64).to(values) for name in ("mean", "scale")
+        torch.tensor(step[name], dtype=torch.float64, device=values.device)
+        for name in ("mean", "scale")
     )
-    return values * scale + mean
+    return (values.double() * scale + mean).to(values.dtype)
 
 
 def _quantized(step: Step, values: Tensor) -> Tensor:
@@ -162,7 +164,9 @@ def _scaled(batch: Batch, site: str, mean: Tensor, scale: Tensor) -> Batch:
     if isinstance(batch, OnDemand):
         return batch.scaled(site, mean, scale)
     values = {name: batch[name] for name in batch}
-    values[site] = (values[site] - mean.to(values[site])) / scale.to(values[site])
+    mean, scale = mean.to(batch.device), scale.to(batch.device)
+    parts = values[site].split(max(1, CHUNK // max(1, mean.numel())))
+    values[site] = torch.cat([standardized(part, mean, scale) for part in parts])
     return Batch(
         values,
         {name: batch.mask(name) for name in batch.incomplete},

@@ -60,6 +60,14 @@ class LatentTable:
             else:
                 self.mean.setdefault(site, []).append(both)
 
+    def rate_of_rows(self) -> list[Tensor]:
+        """The rate of all sites and dimensions, ``[B]`` a batch."""
+        total = [torch.zeros_like(elbo) for elbo in self.elbo]
+        for parts in self.rate.values():
+            sums = [part.reshape(len(part), -1).sum(1) for part in parts]
+            total = [t + here for t, here in zip(total, sums, strict=True)]
+        return total
+
 
 def active_units(mean: Tensor) -> Tensor:
     """Which latent dimensions vary with the data: Var_x(E_q[z]) > 0.01 (Burda et al. 2016).

@@ -23,7 +23,7 @@ from pyro_vae.evaluation.units import bits_per_dim, entries, is_discretized, log
 from pyro_vae.objectives.particles import Particles, run
 from pyro_vae.objectives.plan import Plan, make_plan
 from pyro_vae.objectives.support import check_data
-from pyro_vae.objectives.swap import own_parameters, owner, preserved
+from pyro_vae.objectives.swap import evaluating, own_parameters, owner, preserved
 from pyro_vae.objectives.tracing import core
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
 Program = Callable[..., Any]
 CELLS = 2_000_000  # entries of the data times particles held at a time
 _ROWS = ("log_p", "log_p_tenth", "elbo", "ess", "khat")
+_OPTIONAL = ("log_jacobian", "entries", "rate_rows")  # what results saved before they were lack
 PILOT_ROWS, PILOT_PARTICLES, ELBO_PARTICLES = 64, 200, 64
 
 
@@ -82,6 +83,7 @@ class Evaluation:
         log_jacobian: ``[N]`` to be added to log p and ELBO for the units that the data came in.
         entries: ``[N]`` number of observed entries.
         discretized: whether the data are 8-bit images, whose unit is bits/dim.
+        rate_rows: ``[N]`` rate of all sites and dimensions.
     """
 
     log_p: Tensor
@@ -98,6 +100,7 @@ class Evaluation:
     log_jacobian: Tensor | None = None
     entries: Tensor | None = None
     discretized: bool = False
+    rate_rows: Tensor | None = None
 
     def bits_per_dim(self, quantity: str = "log_p") -> tuple[float, float]:
         """Mean over rows of a bound in bits per observed entry of the data as they came, and its
@@ -125,7 +128,10 @@ class Evaluation:
         return Difference(*mean_and_error(mine - theirs))
 
     def summary(self) -> dict[str, Any]:
-        """Plain numbers: means, standard errors, and how far they can be trusted."""
+        """Plain numbers: means, standard errors, and how far they can be trusted.
+
+        ``rate`` is by site, ``rate_se`` the error of their sum; ``distortion`` is -(ELBO + rate).
+        """
         out: dict[str, Any] = {"rows": len(self.log_p), "num_particles": self.num_particles}
         for name in ("log_p", "log_p_tenth", "elbo"):
             out[name], out[f"{name}_se"] = mean_and_error(getattr(self, name))
@@ -134,6 +140,10 @@ class Evaluation:
         out["khat_threshold"] = khat_threshold(self.num_particles)
         out["khat_bad_share"] = float((self.khat > out["khat_threshold"]).double().mean())
         out["rate"] = {site: float(rate.sum()) for site, rate in self.rate.items()}
+        if self.rate_rows is not None:
+            _, out["rate_se"] = mean_and_error(self.rate_rows)
+            distortion = -(self.elbo + self.rate_rows)
+            out["distortion"], out["distortion_se"] = mean_and_error(distortion)
         out["rate_per_dim"] = {site: rate.tolist() for site, rate in self.rate.items()}
         out["active_units"] = {site: int(units.sum()) for site, units in self.active.items()}
         out["latent_dims"] = {site: units.numel() for site, units in self.active.items()}
@@ -150,7 +160,7 @@ class Evaluation:
         out: dict[str, Any] = {name: getattr(self, name).numpy() for name in _ROWS}
         out |= {f"rate/{site}": rate.numpy() for site, rate in self.rate.items()}
         out |= {f"active/{site}": units.numpy() for site, units in self.active.items()}
-        for name in ("log_jacobian", "entries"):
+        for name in _OPTIONAL:
             if getattr(self, name) is not None:
                 out[name] = getattr(self, name).numpy()
         settings = {
@@ -172,7 +182,7 @@ class Evaluation:
                 sites[kind][site] = torch.from_numpy(np.array(arrays[name]))
         settings = json.loads(str(arrays["settings"]))
         settings |= {name: tuple(settings[name]) for name in ("proposals", "notes")}
-        names = [*_ROWS, *({"log_jacobian", "entries"} & set(arrays))]
+        names = [*_ROWS, *(name for name in _OPTIONAL if name in arrays)]
         rows: dict[str, Any] = {name: torch.from_numpy(np.array(arrays[name])) for name in names}
         return cls(**rows, **sites, **settings)
 
@@ -285,6 +295,7 @@ def evaluate(
             log_jacobian=log_jacobian(data, table.likelihood),
             entries=entries(data, table.likelihood),
             discretized=is_discretized(data, table.likelihood, masses),
+            rate_rows=in_order(latents.rate_of_rows()),
         )
 
 
@@ -310,22 +321,15 @@ def check_rows(what: str, data: Any) -> None:
 @contextmanager
 def judging(model: Program, guide: Program, seed: int) -> Iterator[None]:
     """Evaluation mode, no gradient, a seed of its own; everything restored on exit."""
-    modules = [m for program in (model, guide) if (m := owner(program)) is not None]
-    training = [(part, part.training) for module in modules for part in module.modules()]
-    for module in modules:
-        module.eval()
-    try:
-        with (
-            own_parameters(model, guide),
-            preserved(model, guide),
-            torch.no_grad(),
-            pyro.validation_enabled(False),
-        ):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        for part, mode in training:
-            part.training = mode
+    with (
+        evaluating(model, guide),
+        own_parameters(model, guide),
+        preserved(model, guide),
+        torch.no_grad(),
+        pyro.validation_enabled(False),
+    ):
+        torch.manual_seed(seed)
+        yield
 
 
 def device_of(model: Program, guide: Program, data: Batch | Tensor) -> torch.device:

@@ -18,6 +18,7 @@ from pyro_vae.evaluation.sites import (
     expected,
     indicators,
     is_drawn,
+    is_factor,
     moments,
     where_data,
     whole,
@@ -267,11 +268,12 @@ def generate(
     size: int = 1,
     handlers: Iterable[Any] = (),
 ) -> dict[str, Site]:
-    """The model's sites: data as they are, latents as in ``values``, the rest drawn. Handlers have
-    the last word."""
+    """The model's sites but for factors: data as they are, latents as in ``values``, the rest drawn.
+    Handlers have the last word."""
     bare, batch = unwrap(model, (rows,))
     around = [Condition(batch, proposed=values)] if batch is not None else []
-    return trace(bare, (rows,), {}, [*handlers, Replay(values), *around], size, nesting)[0]
+    sites, _ = trace(bare, (rows,), {}, [*handlers, Replay(values), *around], size, nesting)
+    return {name: site for name, site in sites.items() if not is_factor(site)}
 
 
 def _draw(

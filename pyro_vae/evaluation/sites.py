@@ -22,6 +22,7 @@ __all__ = [
     "indicators",
     "is_discrete",
     "is_drawn",
+    "is_factor",
     "is_label",
     "moments",
     "where_data",
@@ -51,6 +52,11 @@ def whole(site: Site, batch: Batch | None, value: Tensor) -> Tensor:
 def is_drawn(site: Site) -> bool:
     """Whether the guide draws a site, in some entries at least."""
     return not site["is_observed"] and site["infer"].get("observed") is not True
+
+
+def is_factor(site: Site) -> bool:
+    """Whether a site is ``pyro.factor``: a number in the density, and no value."""
+    return isinstance(core(site["fn"]), dist.Unit)
 
 
 def is_discrete(fn: Any) -> bool:

@@ -10,9 +10,12 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
 
 __all__ = [
     "Rewound",
+    "evaluating",
     "own_parameters",
     "owner",
     "parameters",
@@ -81,19 +84,63 @@ def shaken(program: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
+def _meeting(
+    programs: tuple[Callable[..., Any], ...], visit: Callable[[nn.Module], None]
+) -> Iterator[None]:
+    """Visit the modules that programs use: now those that own one, and each other one before its
+    first call, since a function does not say which it will use."""
+    met: set[nn.Module] = set()
+
+    def meet(module: nn.Module, args: Any = None) -> None:
+        if module not in met:
+            met.update(module.modules())
+            visit(module)
+
+    for program in programs:
+        if (module := owner(program)) is not None:
+            meet(module)
+    hook = register_module_forward_pre_hook(meet)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def evaluating(*programs: Callable[..., Any]) -> Iterator[None]:
+    """Evaluation mode of the modules that the programs own or call; modes restored on exit."""
+    modes: list[tuple[nn.Module, bool]] = []
+
+    def visit(module: nn.Module) -> None:
+        modes.extend((part, part.training) for part in module.modules())
+        module.eval()
+
+    try:
+        with _meeting(programs, visit):
+            yield
+    finally:
+        for part, training in reversed(modes):  # a part may be met before its whole
+            part.training = training
+
+
+@contextmanager
 def preserved(*programs: Callable[..., Any]) -> Iterator[None]:
-    """Undo what the body does to the random state and to the programs' buffers."""
-    modules = {id(module): module for program in programs if (module := owner(program)) is not None}
-    buffers = [buffer for module in modules.values() for buffer in module.buffers()]
-    kept = [buffer.detach().clone() for buffer in buffers]
+    """Undo what the body does to the random state and to the buffers of the modules that the
+    programs own or call."""
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def visit(module: nn.Module) -> None:
+        made = (buffer for buffer in module.buffers() if not is_lazy(buffer))
+        kept.extend((buffer, buffer.detach().clone()) for buffer in made)
+
     others = {key: state for key, state in pyro.util.get_rng_state().items() if key != "torch"}
     try:
-        with torch.random.fork_rng():
+        with _meeting(programs, visit), torch.random.fork_rng():
             yield
     finally:
         pyro.util.set_rng_state({"torch": torch.get_rng_state(), **others})
         with torch.no_grad():
-            for buffer, value in zip(buffers, kept, strict=True):
+            for buffer, value in reversed(kept):  # a part may be met before its whole
                 buffer.copy_(value)
 
 

@@ -154,7 +154,7 @@ def rate_distortion(points: Mapping[str, Record]) -> Picture:
     Args:
         points: name -> ``rate`` and ``distortion`` in nats, each with a standard error ``rate_se``
             and ``distortion_se`` if there is one; or an ``Evaluation.summary()``, which has the rate
-            by site, and -(ELBO + rate) as distortion.
+            by site. Without ``distortion``, it is -(ELBO + rate).
 
     Raises:
         ValueError: no points, or without numbers.
@@ -174,20 +174,24 @@ def rate_distortion(points: Mapping[str, Record]) -> Picture:
     return figure
 
 
-def _place(name: str, record: Record) -> tuple[float, float, float, float]:
-    """Rate, distortion and their standard errors (0 where not known)."""
+def _place(name: str, record: Record) -> tuple[float, float, float | None, float | None]:
+    """Rate, distortion and their standard errors (None where not known)."""
     try:
-        if "distortion" in record:
-            r, d = float(record["rate"]), float(record["distortion"])
-        else:
-            r = float(sum(record["rate"].values()))
-            d = -(float(record["elbo"]) + r)
+        rate = record["rate"]
+        r = float(sum(rate.values()) if isinstance(rate, Mapping) else rate)
+        d = float(record["distortion"]) if "distortion" in record else -(float(record["elbo"]) + r)
+        r_se, d_se = (_known(record.get(f"{each}_se")) for each in ("rate", "distortion"))
     except (KeyError, TypeError, AttributeError, ValueError):
         raise ValueError(
             f"rate_distortion: point {name!r}: wanted numbers for rate and distortion, or an "
             f"Evaluation.summary(); came {sorted(record)}"
         ) from None
-    return r, d, float(record.get("rate_se") or 0.0), float(record.get("distortion_se") or 0.0)
+    return r, d, r_se, d_se
+
+
+def _known(error: Any) -> float | None:
+    """A standard error, of which there is none for a single row."""
+    return None if error is None or np.isnan(float(error)) else float(error)
 
 
 def _equal_elbo(axes: Axes) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
 from pyro_vae.evaluation.latent import ACTIVE
@@ -27,6 +28,7 @@ LONG = 12  # classes up to which a legend has one column
 CLASSES = 20  # up to which colours and markers tell labels apart
 MARKERS = ("o", "^", "s")
 THRESHOLD = 0.01  # nats
+PALE = "#BDBDBD"
 BAR = 0.25  # inches from which on the number of a dimension fits below its bar
 
 
@@ -43,9 +45,9 @@ def rates(
     Args:
         rate: ``[*event]`` nats, or site -> nats, as ``Evaluation.rate`` has them.
         active: bool of the same form, as ``Evaluation.active`` has them (default: the rate is above
-            ``threshold``). Other dimensions are grey.
+            ``threshold``, which a line shows). Other dimensions are grey.
         latent: name of the site.
-        threshold: nats.
+        threshold: nats, where ``active`` is not given.
 
     Raises:
         ValueError: no numbers, ``active`` of another form.
@@ -59,27 +61,35 @@ def rates(
     size = min(14.0, max(5.0, 0.32 * sum(widths) + 1.5))
     figure, panels = new(size, 3.8, len(values), width_ratios=widths, sharey=True)
     for axes, (site, each) in zip(panels, values.items(), strict=True):
-        used = known.get(site)
-        used = each > threshold if used is None else array("rates: active", used).flatten() != 0
+        given = known.get(site)
+        used = each > threshold if given is None else array("rates: active", given).flatten() != 0
         if len(used) != len(each):
             raise ValueError(f"rates: came {len(used)} of active for {len(each)} of {site!r}")
-        _bars(axes, site, each, used, threshold, named=size / sum(widths) > BAR)
+        _bars(axes, site, each, used, named=size / sum(widths) > BAR)
+        if given is None:
+            _line(axes, threshold, len(each))
+        elif not used.all():
+            axes.legend(handles=[Patch(color=PALE, label="not active")], loc="upper right")
     panels[0].set_ylabel("rate (nats)")
     return figure
 
 
-def _bars(axes: Axes, site: str, rate: Array, used: Array, threshold: float, named: bool) -> None:
+def _bars(axes: Axes, site: str, rate: Array, used: Array, named: bool) -> None:
     order = np.argsort(-rate, kind="stable")
-    colours = np.where(used[order], COLOURS[0], "#BDBDBD").tolist()
+    colours = np.where(used[order], COLOURS[0], PALE).tolist()
     axes.bar(np.arange(len(rate)), rate[order], color=colours, width=0.8)
-    axes.axhline(threshold, color=ACCENT, linestyle="--", linewidth=1.2)
-    place: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "color": ACCENT}
-    place["path_effects"] = [withStroke(linewidth=3, foreground="white")]  # readable on bars
-    axes.annotate(f"{threshold:g} nats", (len(rate) - 0.5, threshold), (0, 4), **place)
     axes.set_xlim(-0.6, len(rate) - 0.4)
     axes.set_xticks(range(len(rate)) if named else [], list(map(str, order)) if named else [])
     axes.set_xlabel(f"dimension of {site}, sorted")
     axes.set_title(f"{rate.sum():.1f} nats, {int(used.sum())} of {len(rate)} active")
+
+
+def _line(axes: Axes, threshold: float, bars: int) -> None:
+    """Where the grey begins."""
+    axes.axhline(threshold, color=ACCENT, linestyle="--", linewidth=1.2)
+    place: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "color": ACCENT}
+    place["path_effects"] = [withStroke(linewidth=3, foreground="white")]  # readable on bars
+    axes.annotate(f"{threshold:g} nats", (bars - 0.5, threshold), (0, 4), **place)
 
 
 @styled()

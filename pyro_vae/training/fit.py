@@ -24,7 +24,7 @@ from pyro_vae.evaluation.likelihood import Evaluation, check_rows, evaluate
 from pyro_vae.objectives.objective import Objective, ObjectiveModule
 from pyro_vae.objectives.recipes import elbo
 from pyro_vae.objectives.support import check_data
-from pyro_vae.objectives.swap import own_parameters, owner, preserved
+from pyro_vae.objectives.swap import evaluating, own_parameters, owner, preserved
 from pyro_vae.training.epochs import Epochs
 from pyro_vae.training.nonfinite import NonFiniteError, explain
 from pyro_vae.training.progress import Progress
@@ -118,15 +118,17 @@ def fit(
         steps: in steps of the optimizer; one of the two.
 
         batch_size: rows of a batch.
-        accumulate: batches of a step, which takes the gradient of the mean over all their rows; one
-            batch is in memory at a time. What looks across the rows of a batch (BatchNorm, a
-            penalty on the aggregate posterior) sees ``batch_size`` of them.
+        accumulate: batches of a step, which takes the gradient of the mean over all their rows. The
+            rows of a step are in memory together, activations and gradients those of one batch.
+            What looks across the rows of a batch (BatchNorm, a penalty on the aggregate posterior)
+            sees ``batch_size`` of them.
         optimizer: parameters -> torch optimizer, default ``Adam(lr=1e-3)``:
             ``functools.partial(torch.optim.SGD, lr=0.1)``.
         scheduler: optimizer -> torch learning-rate scheduler, stepped every step.
         clip: largest norm of the gradient of the loss per row.
-        precision: ``"bf16"`` computes networks in bfloat16, where the hardware is faster at it, and
-            all else as in ``"full"``: parameters, optimizer, log densities and their sums, and what
+        precision: ``"bf16"`` computes matrix products in bfloat16, where the hardware is faster at it,
+            namely those of linear, convolutional, recurrent and attention layers, and all else as in
+            ``"full"``: nonlinearities, parameters, optimizer, log densities and their sums, and what
             judges ``valid``. The noise that it adds to a loss is far below that of the draws.
         compile: level of ``compiled.make_step``.
 
@@ -413,12 +415,10 @@ def _held_out(
 ) -> float:
     """Mean bound on the validation rows, always with the same draws, row weights as in the loss: nats
     per row."""
-    loss.eval()
-    with preserved(loss.model, loss.guide), pyro.validation_enabled(False), torch.no_grad():
+    with evaluating(loss), preserved(loss), pyro.validation_enabled(False), torch.no_grad():
         torch.manual_seed(seed)
         parts = torch.arange(len(valid), device=loss.step.device).split(max(batch_size, 500))
         bounds = [monitor.rows(loss.model, loss.guide, take(valid, rows)) for rows in parts]
-    loss.train()
     weights = valid.weights if isinstance(valid, Batch) else None
     return float((torch.cat(bounds) * (1.0 if weights is None else weights)).mean())
 

@@ -33,7 +33,7 @@ def explain(
     good: dict[str, Any],
     step: Step,
     epochs: Epochs,
-    precision: Callable[[], AbstractContextManager[None]],
+    precision: Callable[[], AbstractContextManager[Any]],
 ) -> NonFiniteError:
     """Walk forward from the last good state to the step that fails, look at it, and go back to the
     state before it.
