@@ -192,6 +192,11 @@ def test_standardized_data_come_with_what_undoes_it(tmp_path):
     record = pv.load(tmp_path / "run").config["data"]
     torch.testing.assert_close(pv.data.undo(record, "x", data["x"]), raw["x"])
     torch.testing.assert_close(pv.data.standardize_as(record, raw)["x"], data["x"])
+    run = pv.load(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"evaluate: .* standardized otherwise .*standardize_as"):
+        run.evaluate(raw, 5)
+    same = run.evaluate(pv.data.standardize_as(record, raw), 5)
+    assert torch.equal(same.log_p, run.evaluate(data, 5).log_p)
 
 
 def f(batch: Any, size: int, *, name: str = "") -> None: ...

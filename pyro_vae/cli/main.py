@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         typer.echo(f"error: {where}{line(error)}", err=True)
         code = 2
     if code == 130:
-        typer.echo("stopped; what is finished is kept, see --help on how to go on", err=True)
+        typer.echo("stopped; what is finished is kept: repeat a fit with --resume", err=True)
     return code
 
 

@@ -21,6 +21,7 @@ from pyro_vae.evaluation import paths, predict
 from pyro_vae.evaluation.diagnostics import khat_threshold
 from pyro_vae.evaluation.likelihood import Evaluation
 from pyro_vae.reporting import plots
+from pyro_vae.reporting.images import is_image
 from pyro_vae.reporting.style import FORMATS
 from pyro_vae.training.fit import Run
 
@@ -63,14 +64,18 @@ class Subject:
     @cached_property
     def x(self) -> str:
         """The site that is drawn."""
-        sites = [name for name in self.decoded if self.site in (None, name)]
+        decoded = self.decode(self.few(2))
+        sites = [name for name in decoded if self.site in (None, name)]
         if not sites:
-            raise ValueError(f"--site: came {self.site!r}, wanted one of {list(self.decoded)}")
+            raise ValueError(f"--site: came {self.site!r}, wanted one of {list(decoded)}")
         return sites[0]
 
-    @cached_property
-    def decoded(self) -> dict[str, Tensor]:
-        return predict.reconstruct(self.run.model, self.run.guide, self.few(20), seed=self.seed)
+    @property
+    def is_image(self) -> bool:
+        return is_image(self.rows.shape(self.x)[1:], self.shape)
+
+    def decode(self, rows: Batch) -> dict[str, Tensor]:
+        return predict.reconstruct(self.run.model, self.run.guide, rows, seed=self.seed)
 
     def few(self, number: int) -> Batch:
         return self.rows.rows(slice(0, number))
@@ -90,14 +95,17 @@ class Subject:
         return plots.training(self.run.history)
 
     def samples(self) -> Any:
-        drawn = predict.sample(self.run.model, 64, sites=[self.x], mean=True, seed=self.seed)
+        number = 64 if self.is_image else ROWS  # expected pixels; draws of a table's columns
+        drawn = predict.sample(
+            self.run.model, number, sites=[self.x], mean=self.is_image, seed=self.seed
+        )
         observed = self.undone(self.rows[self.x].where(self.rows.mask(self.x), torch.nan))
         return plots.samples(self.undone(drawn[self.x]), observed, **self.options)
 
     def reconstructions(self) -> Any:
-        rows = self.few(20)
+        rows = self.few(20) if self.is_image else self.rows
+        decoded = self.undone(self.decode(rows)[self.x])
         originals, seen = self.undone(rows[self.x]), rows.mask(self.x).numpy()
-        decoded = self.undone(self.decoded[self.x])
         return plots.reconstructions(originals, decoded, seen, **self.options)
 
     def interpolations(self) -> Any:
@@ -135,6 +143,7 @@ class Subject:
         return plots.weights(self.judged.khat.numpy(), khat_threshold(PARTICLES))
 
 
+PIXELS = ("interpolations", "traversals")  # what tables have no figure of
 KINDS: dict[str, Callable[[Subject], Any]] = {
     "training": Subject.training,
     "samples": Subject.samples,
@@ -187,7 +196,8 @@ def plot(
             raise ValueError(f"--kind: came {sorted(unknown)}, wanted some of {list(KINDS)}")
         opened = Opened(folder, pair, data_name, device)
         subject = Subject(opened, split, site, label, image_shape(shape), seed)
-        for name in kind or KINDS:
+        kinds = kind or [name for name in KINDS if name not in PIXELS or subject.is_image]
+        for name in kinds:
             try:
                 figures[name] = KINDS[name](subject)
             except ValueError as error:

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pyro_vae import data
 from pyro_vae.batch import Batch
 from pyro_vae.saved import keywords
@@ -49,6 +52,8 @@ class Source:
         """The rows of a split, as they came but for what ``data.load`` does; data that are not stored
         in parts are cut 80 / 20 by a fixed seed."""
         splits = self.record["splits"]
+        if split.startswith("valid="):
+            return self._cut(self.rows("train"), self._share(split.removeprefix("valid=")))[1]
         if split in splits:
             return self._load(split)
         if splits != ["all"]:
@@ -57,6 +62,18 @@ class Source:
             raise ValueError(f"{self.name}: came split {split!r}, wanted train, test or all")
         parts = self._cut(self._load("all"), HELD_OUT)
         return parts[0] if split == "train" else parts[1].still()
+
+    def numbers(self, split: str) -> Tensor:
+        """Numbers that the rows of a split have where they are stored: in the file, if that is not
+        stored in parts."""
+        if split.startswith("valid="):
+            share = self._share(split.removeprefix("valid="))
+            return self._cut(Batch({"row": self.numbers("train")}), share)[1]["row"]
+        if split in self.record["splits"]:
+            return torch.arange(self.rows(split).size)
+        everything = Batch({"row": torch.arange(self.record["rows"])})
+        parts = self._cut(everything, HELD_OUT)
+        return parts[0 if split == "train" else 1]["row"]
 
     def training(self, held_out: str | None = None) -> tuple[Batch, Batch | None]:
         """Training rows, and rows to select by: a share of those or a split; standardised if asked."""

@@ -86,7 +86,7 @@ def fit(
     device: Device = "auto",
     compile: Compile = "auto",
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on where the run in --out stopped")
+        bool, typer.Option("--resume", help="go on where the run in --out stopped, if there is one")
     ] = False,
 ) -> None:
     """Train a pair and leave a run folder.
@@ -121,6 +121,7 @@ def fit(
         "patience": patience,
         "seed": seed,
     }
+    resume = resume and any((out / name).exists() for name in ("config.json", "state.safetensors"))
     if resume:
         _check_same(out, Folder(out).config().get("command"), command)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -90,13 +91,26 @@ class Opened:
     def rows(self, split: str, rows: int | None = None) -> Batch:
         """Rows of a split as the run's training rows were made."""
         config = Folder(self.path).config()
-        judged = self.source().judged(split, config.get("data", {}))
+        source = self.source()
+        judged = source.judged(self._split(source, split), config.get("data", {}))
         shapes = {site: list(judged.shape(site)[1:]) for site in judged}
         example = Folder(self.path).example()
         if isinstance(example, Batch):
             shapes = {site: list(example.shape(site)[1:]) for site in example}
         check_alike(shapes, judged, split)
         return judged if rows is None else judged.rows(slice(0, rows))
+
+    def numbers(self, split: str) -> Tensor:
+        """Numbers that the rows of a split have in their file."""
+        source = self.source()
+        return source.numbers(self._split(source, split))
+
+    def _split(self, source: Source, split: str) -> str:
+        """What the run calls valid may be a share of the training rows."""
+        held_out = Folder(self.path).config().get("command", {}).get("valid")
+        if split != "valid" or held_out in (None, *source.record["splits"]):
+            return split
+        return f"valid={held_out}"
 
     def changed(self, run: Run, source: Source) -> str:
         """Files that are not what they were when the run was made."""
@@ -154,7 +168,10 @@ def evaluate(
         typer.echo(f"note: changed since the run: {files}", err=True)
     summary = result.summary() | {"data": source.place, "split": split}
     show(summary, str(result), as_json)
-    Folder(run).write("metrics.json", dumps(summary, indent=2) + "\n")
+    try:
+        Folder(run).write("metrics.json", dumps(summary, indent=2) + "\n")
+    except ValueError as error:  # the numbers are there all the same
+        typer.echo(f"note: {error}", err=True)
 
 
 @app.command()
@@ -191,21 +208,26 @@ def reconstruct(
     split: Split = "test",
     rows: Rows = None,
     draws: Draws = 16,
+    fill: Annotated[
+        bool, typer.Option("--fill", help="keep what is observed, predict what is missing alone")
+    ] = False,
     raw: Raw = False,
     shape: ImageShape = None,
     pair: RunPair = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
-    """Expected data given what the guide makes of each row; fills in what is missing.
+    """Expected data given what the guide makes of each row; with --fill, in the gaps alone.
 
     \b
-    pyro-vae reconstruct runs/a --out filled.csv
+    pyro-vae reconstruct runs/a --split all --fill --out filled.csv
     pyro-vae reconstruct runs/a --rows 10 --out reconstructions.png
     """
     opened = Opened(run, pair, data_name, device)
     kept, batch = opened.run(), opened.rows(split, rows)
     means = predict.reconstruct(kept.model, kept.guide, batch, num_draws=draws, seed=seed)
+    if fill:
+        means = {site: x.where(~batch.mask(site), batch[site]) for site, x in means.items()}
     opened.write(out, means, raw, shape, batch)
 
 
@@ -229,7 +251,7 @@ def encode(
     opened = Opened(run, pair, data_name, device)
     kept, batch = opened.run(), opened.rows(split)
     codes = predict.encode(kept.model, kept.guide, batch, num_draws=draws, seed=seed)
-    opened.write(out, {"row": batch.index, **codes})
+    opened.write(out, {"row": opened.numbers(split), **codes})
 
 
 @app.command()
@@ -259,10 +281,23 @@ def export(
         raise ValueError(f"--out: {out}: no such folder: {out.parent}")
     opened = Opened(run, pair, data_name, device)
     kept, batch = opened.run(), opened.rows(split, rows)
-    idata = to_arviz(kept, batch, draws, seed=seed)
-    with replacing(out) as temporary:
-        idata.to_netcdf(str(temporary))
-    typer.echo(f"{out}: {draws} draws of {len(batch)} rows")
+    columns = kept.config.get("data", {}).get("columns", {})
+    named = {site: names for site, names in columns.items() if len(batch.shape(site)) == 2}
+    idata = to_arviz(
+        kept,
+        batch,
+        draws,
+        seed=seed,
+        dims={site: [f"{site}_column"] for site in named},
+        coords={f"{site}_column": names for site, names in named.items()},
+    )
+    with TemporaryDirectory() as folder:  # what writes netCDF crashes where a disk is full
+        file = Path(folder, "posterior.nc")
+        idata.to_netcdf(str(file))
+        with replacing(out) as temporary:
+            temporary.write_bytes(file.read_bytes())
+    scaled = [step["text"] for step in batch.record.get("steps", ()) if "log_jacobian" in step]
+    typer.echo("; ".join([f"{out}: {draws} draws of {len(batch)} rows", *scaled]))
 
 
 def _names(text: str | None) -> list[str] | None:

@@ -75,8 +75,29 @@ class Run:
     def evaluate(
         self, data: Batch | Tensor, num_particles: int = 500, **options: Any
     ) -> Evaluation:
-        """``evaluate(run.model, run.guide, data, ...)``."""
+        """``evaluate(run.model, run.guide, data, ...)``.
+
+        Raises:
+            ValueError: rows that are not standardized as the training rows were.
+        """
+        _check_scaled(self.config.get("data") or {}, data)
         return evaluate(self.model, self.guide, data, num_particles, **options)
+
+
+def _check_scaled(record: Mapping[str, Any], data: Any) -> None:
+    """Refuse rows in other units than those that a run was trained in."""
+
+    def scaling(of: Mapping[str, Any], sites: Iterable[str]) -> list[Any]:
+        steps = [step for step in of.get("steps", ()) if step["step"] == "standardize"]
+        return [[s["mean"], s["scale"]] for s in steps if s["site"] in sites]
+
+    if not isinstance(data, Batch):
+        return
+    if scaling(record, data.sites) != scaling(data.record, data.sites):
+        raise ValueError(
+            "evaluate: the run was trained on rows that were standardized otherwise than these; wanted "
+            'pyro_vae.data.standardize_as(run.config["data"], rows)'
+        )
 
 
 def fit(
