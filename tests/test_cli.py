@@ -415,7 +415,6 @@ ERRORS: list[tuple[str, list[str]]] = [
     # where runs go
     ("fit --data binary.npz --epochs 1 --out binary.npz", ["binary.npz", "File exists"]),
     ("fit --data binary.npz --epochs 1 --out binary.npz/run", ["binary.npz", "Not a directory"]),
-    (f"{FIT} binary.npz --resume", ["run", "no such file"]),
     ("evaluate nosuch", ["nosuch", "no such file", "run folder"]),
     ("evaluate binary.npz", ["binary.npz", "run folder"]),
     ("evaluate . ", ["run folder"]),

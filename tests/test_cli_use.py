@@ -260,6 +260,11 @@ def test_data_describes(capsys):
     assert "site x: [60, 3]" in text
     assert "9 entries missing" in text
     assert "site y: [60] int64" in text
+    text = output_of("data people.csv --sites x,y=group -d drop=weight,age", capsys)
+    assert "site x: [60, 1]" in text
+    some = "data people.csv --sites x=age+weight,y=group --json"
+    record = json.loads(output_of(some, capsys))
+    assert record["columns"] == {"x": ["age", "weight"], "y": ["group"]}
     record = json.loads(output_of("data people.csv -d columns=age,height --json", capsys))
     assert record["columns"] == {"x": ["age", "height"]}
     assert "digits" in output_of("data", capsys)
@@ -311,6 +316,8 @@ BAD = [
     ("data people.csv -d nosuch=1", ["--data-option", "'nosuch'"]),
     ("data people.csv -d split=test", ["--data-option", "split"]),
     ("data people.csv -d columns=age,nosuch", ["people.csv", "nosuch"]),
+    ("data people.csv --sites x=age,y=group,x=height", ["'x' came twice", "x=age+height"]),
+    ("data people.csv --sites x,x,y=group", ["'x' came twice", "x=COLUMN+COLUMN"]),
     ("data bogus", ["bogus", "digits"]),
     ("fit --data people.csv -d drop=group --out r --valid half", ["--valid", "'half'"]),
     ("fit --data people.csv -d drop=group --out r --valid 1.5", ["--valid", "'1.5'"]),

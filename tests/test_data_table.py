@@ -79,6 +79,68 @@ def test_sites_as_a_mapping() -> None:
     assert load(FRAME, sites={"t": "income"})["t"].shape == (3,)
 
 
+def test_the_other_columns_less_those_dropped_or_as_listed() -> None:
+    frame = FRAME.assign(name=["u", "v", "w"])
+    sites = {"x": None, "y": "label"}
+    for options in ({"drop": ["name", "member"]}, {"columns": ["age", "income"]}):
+        batch = load(frame, sites=sites, **options)  # type: ignore[arg-type]
+        assert batch.record["columns"] == {"x": ["age", "income"], "y": ["label"]}
+        assert batch["x"][:, 0].tolist() == [30, 41, 52]
+        assert batch["y"].tolist() == [2, 0, 1]
+    assert load(frame, sites=sites, columns="age", drop="name")["x"].shape == (3, 1)
+
+
+def test_the_cure_can_be_copied() -> None:
+    frame = FRAME.assign(name=["u", "v", "w"], none=np.nan, day=pd.Timestamp("2020-01-01"))
+    options: dict[str, Any] = {}
+    for dropped in (["name", "day"], ["name", "day", "none"]):
+        with pytest.raises(ValueError, match="leave out by") as raised:
+            load(frame, **options)
+        assert f"drop={dropped} (" in str(raised.value)
+        options = {"drop": dropped}
+    assert load(frame, **options)["x"].shape == (3, 4)
+
+
+def test_text_that_is_a_site_is_a_label(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "a,kind\n1,fox\n2,cat\n3,\n4,fox\n5,dog\n")
+    frames: list[Any] = [path, pd.read_csv(path), pd.read_csv(path).astype({"kind": "category"})]
+    for source in frames:
+        batch = load(source, sites={"x": None, "y": "kind"})
+        assert batch["y"].dtype == torch.int64
+        assert batch.mask("y").tolist() == [True, True, False, True, True]
+        assert batch["y"][batch.mask("y")].tolist() == [2, 0, 2, 1]
+        assert batch.record["classes"] == {"y": ["cat", "dog", "fox"]}
+        assert batch.record["columns"] == {"x": ["a"], "y": ["kind"]}
+        assert json.loads(json.dumps(batch.record)) == batch.record
+    whole = load(frames[1].dropna(), sites={"y": "kind"})
+    other = load(frames[1].dropna().replace("fox", "hen"), sites={"y": "kind"})
+    assert whole.incomplete == ()
+    assert whole["y"].tolist() == other["y"].tolist()
+    assert whole.record["sha256"] != other.record["sha256"]
+    assert "classes" not in load(FRAME, sites={"y": "label"}).record
+
+
+@pytest.mark.parametrize("count", [1000, 1001])
+def test_labels_of_text_are_few(count: int) -> None:
+    frame = pd.DataFrame({"a": 1.0, "id": [f"n{i:04}" for i in range(count)]})
+    if count == 1000:
+        batch = load(frame, sites={"y": "id"})
+        assert batch["y"].tolist() == list(range(1000))
+        return
+    with pytest.raises(ValueError, match="'id' holds 1001 different texts, wanted 1000 at most"):
+        load(frame, sites={"y": "id"})
+    with pytest.raises(ValueError, match=r"drop=id\)$"):  # not advised as a label
+        load(frame)
+
+
+def test_columns_without_any_value_are_taken_where_they_are_named() -> None:
+    frame = FRAME.assign(none=np.nan)
+    batch = load(frame, sites={"x": ["age", "none"], "y": "none"})
+    assert batch.mask("x").tolist() == [[True, False]] * 3
+    assert not batch.mask("y").any()
+    assert load(frame.iloc[1:2], columns=["age", "income"])["x"].shape == (1, 2)
+
+
 def test_sites_as_a_list_of_names() -> None:
     assert load(FRAME, sites=["x"]).sites == ("x",)
     with pytest.raises(ValueError, match=r"sites= names \['y'\], the data set holds \['x'\]"):
@@ -124,7 +186,7 @@ ERRORS = {
     "text": (
         "a,b\n1,2\n\n3,x1\n",
         {},
-        r"a.csv: column 'b' holds 'x1' in line 4, wanted numbers; .* drop=\['b'\] \(or columns=\)",
+        r"a.csv: column 'b' holds 'x1' in line 4, wanted numbers; .* drop=\['b'\] \(.* -d drop=b\)$",
     ),
     "text after a field of two lines": (
         'a,b\n"1\n",2\n3,?\n',
@@ -148,7 +210,43 @@ ERRORS = {
     "unknown": ("age,b\n1,2\n", {"columns": ["aeg"]}, "no column 'aeg'.*did you mean 'age'"),
     "unknown drop": ("a,b\n1,2\n", {"drop": ["c"]}, r"no column 'c', only \['a', 'b'\]"),
     "nothing left": ("a,b\n1,2\n", {"drop": ["a", "b"]}, "no columns are left for site 'x'"),
-    "two ways": ("a\n1\n", {"sites": {"x": ["a"]}, "drop": "a"}, "came sites= as a mapping and"),
+    "dropped and of a site": (
+        "a,b\n1,2\n",
+        {"sites": {"x": None, "y": "a"}, "drop": "a"},
+        r"columns \['a'\] are named by drop= and by sites= or columns=",
+    ),
+    "dropped and of columns": (
+        "a,b\n1,2\n",
+        {"columns": ["a", "b"], "drop": "a"},
+        r"columns \['a'\] are named by drop= and by sites= or columns=",
+    ),
+    "columns of no site": (
+        "a,b\n1,2\n",
+        {"sites": {"x": ["a"]}, "columns": "b"},
+        "wanted columns= only beside a site that is None",
+    ),
+    "several of text": (
+        "a,b,c,d\nu,1,2,k\nv,2,2020-01-01,\n",
+        {"drop": "d"},
+        r"column 'a' holds 'u' in line 2, wanted numbers; columns \['c'\] are not numbers either; "
+        r".* drop=\['d', 'a', 'c'\] \(on the command line -d drop=d,a,c\); text can be a label, "
+        r".* sites=\{'x': None, 'y': 'a'\}$",
+    ),
+    "text in sites": (
+        "a,b,c\nu,1,v\n",
+        {"sites": {"x": None, "y": ["b", "c"]}},
+        r"'a' holds 'u' .* \['c'\] are .* leave \['c'\] out of sites= .* and leave .* drop=\['a'\]",
+    ),
+    "text among the numbers of a site": (
+        "a,b\n1,2\n2,x1\n",
+        {"sites": {"x": None, "y": "b"}},
+        r"'b' holds 'x1' in line 3, wanted numbers; .* leave \['b'\] out of sites= or columns=$",
+    ),
+    "no value": (
+        "a,b,c\n1,,\n2,,NA\n",
+        {},
+        r"columns \['b', 'c'\] hold no value in any row; .* drop=\['b', 'c'\]",
+    ),
     "infinite": ("a\n1\ninf\n", {}, "a.csv: site 'x': infinite entries .first in row 1"),
     "quote": ('a,b\n"1,2\n', {}, "a.csv"),
     "not a name": ("a\n1\n", {"columns": [3]}, "columns= came with 3, wanted names"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_vae.evaluation.diagnostics import khat_threshold, pareto_khat, tail_length
+from pyro_vae.evaluation.diagnostics import has_tail, khat_threshold, pareto_khat, tail_length
 
 WEIGHTS: dict[str, Callable[[int], Tensor]] = {
     "Gaussian log weights, narrow": lambda k: 0.1 * torch.randn(k, 4),
@@ -78,6 +78,14 @@ def test_equal_weights_have_no_tail(num_particles: int, noise: float):
 def test_fewer_than_five_weights_tell_nothing(num_particles: int):
     khat = pareto_khat(largest(torch.randn(num_particles, 3)))
     assert khat.tolist() == [math.inf] * 3
+    assert not has_tail(num_particles)
+
+
+@pytest.mark.parametrize("num_particles", [21, 100])
+def test_five_weights_are_enough(num_particles: int):
+    assert bool(pareto_khat(largest(torch.randn(num_particles, 3))).isfinite().all())
+    assert has_tail(num_particles)
+    assert khat_threshold(num_particles) > 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -661,6 +661,16 @@ def test_summary():
         assert part in text
 
 
+@pytest.mark.parametrize("num_particles", [1, 5, 20])
+def test_khat_is_not_told_where_there_are_too_few_particles(num_particles: int):
+    e = evaluate(LinearModel(), Guide(), data(6), num_particles)
+    summary = e.summary()
+    for name in ("khat_median", "khat_threshold", "khat_bad_share"):
+        assert summary[name] is None
+    assert "k-hat: K too small" in str(e)
+    assert "inf" not in str(e)
+
+
 @pytest.mark.parametrize("batch_size", [7, 100])
 def test_rate_and_distortion_row_by_row(batch_size: int):
     """Against the KL and the ELBO of a linear pair."""

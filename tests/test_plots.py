@@ -178,7 +178,7 @@ def test_samples_of_a_table_are_histograms_beside_the_data():
     for column, axes in enumerate(figure.axes):
         known = data[:, column][~data[:, column].isnan()].numpy()
         together = np.concatenate([known, drawn[:, column].numpy()])
-        edges = np.linspace(together.min(), together.max(), columns.BINS + 1)
+        edges = np.linspace(together.min(), together.max(), 18 + 1)  # 299 is the smaller
         edges = np.arange(-0.5, 4) if column == 2 else edges
         for patch, values in zip(axes.patches, (known, drawn[:, column].numpy()), strict=True):
             heights, _ = np.histogram(values, edges, density=True)
@@ -204,8 +204,38 @@ def test_reconstructions_of_a_table_are_scattered_against_it():
     ends = first.lines[0].get_xydata()
     np.testing.assert_array_equal(ends[:, 0], ends[:, 1])
     told = 1 - ((x - mean)[:, 0] ** 2).mean() / x[:, 0].var()
-    assert [text.get_text() for text in first.texts] == [f"R² {told:.2f}"]
+    assert [text.get_text() for text in first.texts] == [f"R² {told:.2f}, n = 60"]
+    assert second.texts[0].get_text().endswith(", n = 58")
+    for axes in figure.axes:
+        assert axes.get_xlim() == axes.get_ylim()
+        assert axes.get_xticks().tolist() == axes.get_yticks().tolist()
     assert second.texts[1].get_text() == "2 missing"
+
+
+@pytest.mark.parametrize(("rows", "bins"), [(64, 8), (65, 9), (5000, columns.BINS)])
+def test_few_draws_have_few_bins(rows: int, bins: int):
+    drawn, data = numbers(rows, 1), numbers(6000, 1, seed=1)
+    data[:6, 0] = np.nan
+    for patch in plots.samples(drawn, data).axes[0].patches:
+        assert len(np.unique(patch.get_xy()[:, 0])) == bins + 1
+    assert len(plots.samples(drawn, np.full((3, 1), np.nan)).axes[0].patches) == 1
+
+
+def test_long_titles_end_within_the_figure():
+    long, short = "od280/od315_of_diluted_wines", "alcohol"
+    figure = plots.samples(numbers(9, 4), names=[short, "nonflavanoid_phenols", long, 3 * long])
+    figure.savefig(io.BytesIO(), format="png")
+    titles = [axes.title if axes.get_title() else axes._left_title for axes in figure.axes]
+    for title, axes in zip(titles, figure.axes, strict=True):
+        assert title.get_window_extent().x1 <= axes.get_tightbbox().x1 <= figure.bbox.x1
+    for left, right in zip(titles[:-1], titles[1:], strict=True):
+        assert left.get_window_extent().x1 < right.get_window_extent().x0
+    assert [titles[0].get_text(), titles[1].get_text()] == [short, "nonflavanoid_phenols"]
+    for title in titles[2:]:
+        start, end = title.get_text().split("…")
+        assert long.startswith(start)
+        assert long.endswith(end)
+        assert len(start) + len(end) > 12
 
 
 def test_many_columns_are_cut_and_it_says_so():
@@ -276,6 +306,38 @@ def test_labels_are_classes_or_a_colour_bar():
     assert len(plots.latent_map(mean, np.arange(400)).axes) == 2  # too many to be classes
 
 
+@pytest.mark.parametrize("rows", [200, 5000])
+def test_points_of_the_map_are_seen(rows: int):
+    classes = plots.latent_map(numbers(rows, 2), np.arange(rows) % 10)
+    assert len({to_hex(dots.get_facecolor()[0]) for dots in scatters(classes)}) == 10
+    for dots in scatters(classes):
+        assert dots.get_sizes()[0] >= 16
+        assert 0.35 <= dots.get_alpha() <= (0.85 if rows == 200 else 0.5)
+    assert all(handle.get_alpha() == 1 for handle in classes.legends[0].legend_handles)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        np.array([0, 1, np.nan, 1, 0, np.nan]),
+        np.array(["a", "b", None, "b", "a", None], dtype=object),
+        np.array([0.5, 1.5, np.nan, 1.0, 0.0, np.nan]),
+    ],
+    ids=["numbers", "names", "heat"],
+)
+def test_rows_without_a_label_are_grey_and_counted(given: Any):
+    mean = numbers(6, 2)
+    figure = plots.latent_map(mean, given, dims=(0, 1), label="y")
+    missing, *known = scatters(figure)
+    np.testing.assert_array_equal(missing.get_offsets(), mean[[2, 5]])
+    assert to_hex(missing.get_facecolor()[0]) == latents.PALE.lower()
+    assert sum(len(dots.get_offsets()) for dots in known) == 4
+    assert figure.axes[0].get_title(loc="left") == "y: missing in 2 of 6 rows (grey)"
+    nothing = plots.latent_map(mean, np.full(6, np.nan))
+    assert len(scatters(nothing)) == 1
+    assert not nothing.legends
+
+
 def test_rates_are_sorted_and_the_active_are_coloured():
     rate, active = torch.tensor([0.5, 2.0, 0.001, 0.02]), torch.tensor([True, True, False, False])
     figure = plots.rates(rate, active)
@@ -328,6 +390,8 @@ def test_weights_are_counted_on_both_sides_of_the_threshold():
     )
     assert axes.get_title(loc="left") == f"{61 / 92:.0%} of 92 rows above 0.70"
     assert axes.lines[0].get_xdata() == [0.7, 0.7]
+    told = plots.weights(khat, 0.7, num_particles=500).axes[0].get_title(loc="left")
+    assert told == f"{61 / 92:.0%} of 92 rows above 0.70, K = 500"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -359,7 +423,7 @@ def test_training_shows_loss_and_held_out_bound(from_file: bool):
     assert valid.get_ydata().tolist() == [-90.0, -50.0, -40.0, -30.0, -35.0, -36.0]
     assert best.get_xydata().tolist() == [[4.0, -30.0]]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "bound (nats per row)")
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "training (minus loss)",
         "held out, and its best",
     ]
@@ -385,6 +449,25 @@ def test_a_first_epoch_out_of_proportion_is_left_outside():
     one = plots.training(records[:1]).axes[0]
     assert one.lines[0].get_marker() == "."  # a line through one point is not to be seen
     assert one.get_ylim() == (-101, -99)
+
+
+@pytest.mark.parametrize(
+    ("last", "ticks"),
+    [(1, [1]), (5, [1, 2, 3, 4, 5]), (47, [5, 10, 15, 20, 25, 30, 35, 40, 47]), (3431, None)],
+)
+def test_the_last_epoch_has_a_tick(last: int, ticks: list[float] | None):
+    records = [
+        {"epoch": float(i), "loss": 1 + 1 / i, "valid": -1 - 2 / i} for i in range(1, last + 1)
+    ]
+    figure = plots.training(records)
+    (axes,) = figure.axes
+    came = axes.get_xticks().tolist()
+    assert came[-1] == last
+    assert came == (ticks or came)
+    figure.savefig(io.BytesIO(), format="png")
+    spans = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert all(a.x1 < b.x0 for a, b in zip(spans[:-1], spans[1:], strict=True))
+    assert not figure.legends[0].get_window_extent().overlaps(axes.get_window_extent())
 
 
 def compared() -> list[dict[str, Any]]:
@@ -431,6 +514,24 @@ def test_comparisons_have_error_bars_and_paired_gains():
     assert right.get_xlabel() == "gain in log p(x), paired (nats)"
     figure.savefig(io.BytesIO(), format="png", dpi=30)
     assert len(plots.comparison(records[:1]).axes[1].containers) == 1
+
+
+@pytest.mark.parametrize("gain", [1.23e-2, -1.23e-2, -12.5, 1e-4])
+def test_texts_of_a_comparison_do_not_meet(gain: float):
+    records = compared()
+    for i, record in enumerate(records):
+        record |= {"log_p_gain": i * gain, "log_p_gain_se": abs(gain) / 9}
+    figure = plots.comparison(records)
+    figure.savefig(io.BytesIO(), format="png")
+    right = figure.axes[1]
+    low, high = right.get_xlim()
+    ticks = zip(right.get_xticks(), right.get_xticklabels(), strict=True)
+    spans = [label.get_window_extent() for tick, label in ticks if low <= tick <= high]
+    assert len(spans) >= 2
+    assert all(a.x1 < b.x0 for a, b in zip(spans[:-1], spans[1:], strict=True))
+    (reference,) = right.texts
+    frame, text = right.get_window_extent(), reference.get_window_extent()
+    assert frame.x0 <= text.x0 < text.x1 <= frame.x1
 
 
 def test_rate_and_distortion_with_lines_of_equal_elbo():
@@ -594,6 +695,7 @@ IMAGES, FLAT = np.zeros((3, 4, 4)), np.zeros((3, 16))
         (lambda: plots.rates([]), "which is empty"),
         (lambda: plots.rates([1.0, 2.0], [True]), "1 of active for 2 of 'z'"),
         (lambda: plots.weights([np.nan]), "no finite number"),
+        (lambda: plots.weights([np.inf], num_particles=5), "K = 5, too small for k-hat"),
         (lambda: plots.training([]), "without records"),
         (lambda: plots.training({}), "without records"),
         (lambda: plots.training(history(), x="lr"), "x='lr', wanted one of"),

@@ -131,7 +131,15 @@ def _sites(text: str | None) -> list[str] | dict[str, Any] | None:
     if text is None or "=" not in text:
         return None if text is None else _names(text)
     pairs = [name.partition("=") for name in _names(text)]
-    columns = {site: of.split("+") if of else None for site, _, of in pairs}
+    columns: dict[str, list[str] | None] = {}
+    for site, _, of in pairs:
+        if site in columns:
+            joined = "+".join(of for name, _, of in pairs if name == site and of)
+            raise ValueError(
+                f"--sites: site {site!r} came twice, wanted once, its columns joined by +: "
+                f"{site}={joined or 'COLUMN+COLUMN'}"
+            )
+        columns[site] = of.split("+") if of else None
     return {site: of[0] if of and len(of) == 1 else of for site, of in columns.items()}
 
 

@@ -64,7 +64,7 @@ def load(
         split: ``train``, ``valid``, ``test``, or ``all`` for the rows of a data set that is not
             stored in parts. Default: ``train`` for data stored in parts, otherwise ``all``.
         sites: the sites to take, by name (default: every one). For tables also site -> columns.
-        columns: of a table, the columns that make site ``x``.
+        columns: of a table, the columns that make site ``x``, or the sites that are None.
         drop: of a table, the columns to leave out.
         size: (H, W) that images are resized to.
         binarize: 8-bit images (``record["levels"]``) become 0 and 1. ``static``: one Bernoulli draw

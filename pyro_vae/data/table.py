@@ -1,13 +1,16 @@
 """Tables, from ``.csv``, ``.tsv`` and ``.parquet`` files and DataFrames: columns become sites.
 
 The numeric columns, in their order, are one floating site ``x`` [B, D]; an empty cell (NaN, NA) is
-missing. True and False are 1 and 0. ``columns=`` says which columns, ``drop=`` which not.
+missing. True and False are 1 and 0. ``columns=`` says which columns, ``drop=`` which not. Columns
+without any value are taken only where they are named.
 
 With ``sites={"x": ["age", "income"], "y": "label"}`` columns become several sites: a list gives
 [B, D], floating; one name gives [B], int64 if the column holds whole numbers. ``None`` stands for all
-other columns: ``sites={"y": "label", "x": None}``. The names are in ``record["columns"]``.
+other columns: ``sites={"y": "label", "x": None}``, less those of ``drop=``, or those of
+``columns=``. The names are in ``record["columns"]``.
 
-Text is refused: encode it as numbers, or leave it out.
+A column of text that is a site of its own is a label: its distinct values, sorted, are numbered from
+0, ``record["classes"]["y"]`` has their names. Other text is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from decimal import Decimal
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -34,6 +37,7 @@ Names = str | Collection[str] | None
 INDEX = re.compile(
     r"Unnamed: \d+|__index_level_\d+__|"
 )  # names that an index gets when it is saved
+CLASSES = 1000  # distinct texts of a label, at most; more are rather names of rows
 
 
 def read_csv(path: Path, sites: Any = None, columns: Names = None, drop: Names = None) -> Source:
@@ -97,7 +101,7 @@ def read_frame(
 
     Raises:
         ValueError: something else, no rows, columns of text or of one name, an index among the
-            columns, names that are not there.
+            columns, columns without any value that nobody named, names that are not there.
     """
     import pandas as pd
 
@@ -119,6 +123,8 @@ def read_frame(
     digest = hashlib.sha256()
     for name, array in found.parts["all"].items():
         digest.update(name.encode() + array.tobytes())
+    for names in found.record.get("classes", {}).values():
+        digest.update("\0".join(names).encode())
     found.record["sha256"] = digest.hexdigest()
     return found
 
@@ -139,14 +145,26 @@ def _sites(
         raise ValueError(f"{place}: the table has a header and no rows")
     names = list(frame.columns)
     _check_names(place, names)
-    chosen = _chosen(place, names, sites, columns, drop)
+    chosen, rest = _chosen(place, names, sites, columns, drop)
+    listed = {site: as_list("columns", of) for site, of in chosen.items()}
+    cells = {name: _cells(frame[name]) for of in listed.values() for name in of}
+    labels = [site for site, of in chosen.items() if isinstance(of, str) and cells[of].is_text()]
+    plain = {name for site, of in listed.items() if site not in labels for name in of}
+    _check_cells(
+        place, {n: cells[n] for n in names if n in plain}, where, rest, as_list("drop", drop)
+    )
     arrays: dict[str, Array] = {}
+    classes: dict[str, list[str]] = {}
     for site, of in chosen.items():
-        arrays |= _site(place, frame, where, site, of)
+        if site in labels:
+            codes, classes[site] = _label(place, site, cells[of])
+            arrays |= codes
+        else:
+            arrays |= _site(site, of, cells)
     if not isinstance(sites, Mapping):
         arrays = select(place, {"all": arrays}, sites)["all"]
-    kept = {site: as_list("columns", of) for site, of in chosen.items() if site in arrays}
-    return Source(place, {"all": arrays}, {**record, "columns": kept})
+    record = {**record, "columns": {site: of for site, of in listed.items() if site in arrays}}
+    return Source(place, {"all": arrays}, record | ({"classes": classes} if classes else {}))
 
 
 def _check_names(place: str, names: list[str]) -> None:
@@ -156,73 +174,141 @@ def _check_names(place: str, names: list[str]) -> None:
 
 def _chosen(
     place: str, names: list[str], sites: Any, columns: Names, drop: Names
-) -> dict[str, Any]:
-    """Site -> columns."""
-    if isinstance(sites, Mapping) and (columns is not None or drop is not None):
+) -> tuple[dict[str, Any], list[str]]:
+    """Site -> columns; and the columns that were taken without being named."""
+    wanted: dict[str, Any] = dict(sites) if isinstance(sites, Mapping) else {"x": None}
+    if columns is not None and None not in wanted.values():
         raise ValueError(
-            f"{place}: came sites= as a mapping and columns= or drop=, wanted one of them"
+            f"{place}: came columns= and sites={wanted}, wanted columns= only beside a site that is "
+            "None; name the columns in sites="
         )
-    alone = {"x": None if columns is None else as_list("columns", columns)}
-    wanted: dict[str, Any] = dict(sites) if isinstance(sites, Mapping) else alone
+    if columns is not None:
+        listed = as_list("columns", columns)
+        wanted = {site: listed if of is None else of for site, of in wanted.items()}
     taken = [name for of in wanted.values() for name in as_list("columns", of)]
     dropped = as_list("drop", drop)
     for name in [*taken, *dropped]:
         if name not in names:
             raise ValueError(f"{place}: has no column {name!r}, only {names}{near(name, names)}")
+    if both := [name for name in dropped if name in taken]:
+        raise ValueError(
+            f"{place}: columns {both} are named by drop= and by sites= or columns=, wanted one of them"
+        )
     rest = [name for name in names if name not in taken and name not in dropped]
-    index = [name for name in rest if INDEX.fullmatch(name)]
-    if index and None in wanted.values():
+    rest = rest if None in wanted.values() else []
+    if index := [name for name in rest if INDEX.fullmatch(name)]:
         raise ValueError(
             f"{place}: column {index[0]!r} looks like an index that was saved along; leave it out by "
-            f"drop={index}, or name the columns to take by columns="
+            f"drop={[*dropped, *index]}, or name the columns to take by columns="
         )
     chosen = {site: rest if of is None else of for site, of in wanted.items()}
     for site, of in chosen.items():
-        kept = of if isinstance(of, str) else [name for name in of if name not in dropped]
-        if not kept:
+        if not of:
             raise ValueError(f"{place}: no columns are left for site {site!r}, of {names}")
-        chosen[site] = kept
-    return chosen
+    return chosen, rest
 
 
-def _site(
-    place: str, frame: pd.DataFrame, where: Callable[[int], str], site: str, of: str | list[str]
-) -> dict[str, Array]:
+def _site(site: str, of: str | Collection[str], cells: Mapping[str, _Cells]) -> dict[str, Array]:
     """The array of a site, with its mask if whole numbers are missing."""
-    columns = [_numbers(place, frame[name], where) for name in as_list("columns", of)]
     if not isinstance(of, str):
-        return {site: np.stack([_floating(column) for column in columns], axis=1)}
-    (column,) = columns
+        return {site: np.stack([_floating(cells[name].numbers) for name in of], axis=1)}
+    column = cells[of].numbers
     missing = column.isna().to_numpy()
     if column.dtype.kind == "f" or missing.all():
         return {site: _floating(column)}
-    mask = {MASK + site: ~missing} if missing.any() else {}
-    return {site: column.fillna(column.dropna().iloc[0]).to_numpy(np.int64), **mask}
+    codes = column.fillna(column.dropna().iloc[0]).to_numpy(np.int64)
+    return {site: codes, **_mask(site, missing)}
+
+
+def _label(place: str, site: str, cells: _Cells) -> tuple[dict[str, Array], list[str]]:
+    """Numbers of the texts of a column in alphabetical order, with a mask, and the texts."""
+    import pandas as pd
+
+    codes, texts = pd.factorize(cells.raw, sort=True)  # -1 is missing
+    if len(texts) > CLASSES:
+        raise ValueError(
+            f"{place}: column {cells.raw.name!r} holds {len(texts)} different texts, wanted {CLASSES} "
+            f"at most for a label; leave it out of site {site!r}"
+        )
+    array = codes.clip(0).astype(np.int64)
+    return {site: array, **_mask(site, codes < 0)}, [str(text) for text in texts]
+
+
+def _mask(site: str, missing: Array) -> dict[str, Array]:
+    return {MASK + site: ~missing} if missing.any() else {}
 
 
 def _floating(column: pd.Series[Any]) -> Array:
     return column.to_numpy(np.float64, na_value=np.nan)
 
 
-def _numbers(place: str, column: pd.Series[Any], where: Callable[[int], str]) -> pd.Series[Any]:
-    """A column of numbers, or of True and False."""
+# --- cells --------------------------------------------------------------------------------------
+
+
+class _Cells(NamedTuple):
+    """A column as it came, as numbers (True and False, too), and where it holds something else."""
+
+    raw: pd.Series[Any]
+    numbers: pd.Series[Any]
+    bad: Array
+
+    def is_text(self) -> bool:
+        """Whether all values are text; text among numbers is rather a slip."""
+        values = self.raw[self.bad]
+        whole = 0 < len(values) == self.raw.notna().sum()
+        return whole and all(isinstance(value, str) for value in values)
+
+
+def _cells(column: pd.Series[Any]) -> _Cells:
     import pandas as pd
 
-    kind = getattr(column.dtype, "kind", "O")
-    if kind in "biuf":
-        return column
-    plain = column.astype(object)
-    odd = plain.map(lambda value: not isinstance(value, str | Real | Decimal | np.bool_))
-    parsed = pd.to_numeric(plain.where(~odd, None), errors="coerce")
-    bad = (parsed.isna() | odd) & plain.notna()
-    if bad.any():
-        row = int(np.argmax(bad.to_numpy()))
-        value = plain.iloc[row]
+    if getattr(column.dtype, "kind", "O") in "biuf":
+        return _Cells(column, column, np.zeros(len(column), dtype=bool))
+    raw = column.astype(object)
+    odd = raw.map(lambda value: not isinstance(value, str | Real | Decimal | np.bool_))
+    numbers = pd.to_numeric(raw.where(~odd, None), errors="coerce")
+    return _Cells(raw, numbers, ((numbers.isna() | odd) & raw.notna()).to_numpy(bool))
+
+
+def _check_cells(
+    place: str,
+    cells: Mapping[str, _Cells],
+    where: Callable[[int], str],
+    rest: Collection[str],
+    dropped: list[str],
+) -> None:
+    """Refuse columns that are not numbers, and those without any value that nobody named."""
+    if odd := [name for name, column in cells.items() if column.bad.any()]:
+        first = cells[odd[0]]
+        row = int(np.argmax(first.bad))
+        others = f"; columns {odd[1:]} are not numbers either" if odd[1:] else ""
         raise ValueError(
-            f"{place}: column {column.name!r} holds {value!r} in {where(row)}, wanted numbers; encode "
-            f"it as numbers, or leave it out by drop=[{column.name!r}] (or columns=)"
+            f"{place}: column {odd[0]!r} holds {first.raw.iloc[row]!r} in {where(row)}, wanted "
+            f"numbers{others}; {_cure(cells, odd, rest, dropped)}"
         )
-    return parsed
+    if empty := [name for name in rest if cells[name].numbers.isna().all()]:
+        raise ValueError(
+            f"{place}: columns {empty} hold no value in any row; {_without(empty, dropped)}, or take "
+            "them as they are by naming all columns in columns="
+        )
+
+
+def _cure(
+    cells: Mapping[str, _Cells], odd: list[str], rest: Collection[str], dropped: list[str]
+) -> str:
+    loose = [name for name in odd if name in rest]
+    named = [name for name in odd if name not in rest]
+    cures = [f"leave {named} out of sites= or columns="] if named else []
+    cures += [_without(loose, dropped)] if loose else []
+    texts = (name for name in odd if cells[name].is_text())
+    label = next((name for name in texts if cells[name].raw.nunique() <= CLASSES), None)
+    hint = f"; text can be a label, as a site of its own: sites={{'x': None, 'y': {label!r}}}"
+    return "encode as numbers, or " + " and ".join(cures) + (hint if label else "")
+
+
+def _without(names: list[str], dropped: list[str]) -> str:
+    names = [*dropped, *names]
+    return f"leave out by drop={names} (on the command line -d drop={','.join(names)})"
 
 
 # --- text ---------------------------------------------------------------------------------------

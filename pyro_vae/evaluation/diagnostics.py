@@ -7,14 +7,20 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["khat_threshold", "pareto_khat", "tail_length"]
+__all__ = ["has_tail", "khat_threshold", "pareto_khat", "tail_length"]
 
 EQUAL = 1e-3  # nats
+FEWEST = 5  # weights above the cut-off that a fit takes
 
 
 def tail_length(num_particles: int) -> int:
     """Number of largest weights in the Pareto fit: min(K / 5, 3 sqrt(K)), rounded up."""
     return math.ceil(min(num_particles / 5, 3 * math.sqrt(num_particles)))
+
+
+def has_tail(num_particles: int) -> bool:
+    """Whether K weights are enough for a k-hat at all: 21 or more."""
+    return tail_length(num_particles) >= FEWEST
 
 
 def khat_threshold(num_particles: int) -> float:
@@ -42,7 +48,7 @@ def pareto_khat(largest: Tensor) -> Tensor:
     khat = torch.where(equal, -torch.inf, torch.full_like(cut, torch.inf))
     above = (log_w[1:] > cut).sum(0).masked_fill(equal, 0)  # less than M where weights are tied
     for n in above.unique().tolist():
-        if n >= 5:
+        if n >= FEWEST:
             columns = above == n
             khat[columns] = _shape(log_w[-n:, columns].exp() - cut[columns].exp())
     return khat

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.batch import Batch, still, take
-from pyro_vae.evaluation.diagnostics import khat_threshold, pareto_khat, tail_length
+from pyro_vae.evaluation.diagnostics import has_tail, khat_threshold, pareto_khat, tail_length
 from pyro_vae.evaluation.latent import LatentTable, active_units
 from pyro_vae.evaluation.proposals import Proposal, candidates
 from pyro_vae.evaluation.units import bits_per_dim, entries, is_discretized, log_jacobian
@@ -130,15 +130,18 @@ class Evaluation:
     def summary(self) -> dict[str, Any]:
         """Plain numbers: means, standard errors, and how far they can be trusted.
 
-        ``rate`` is by site, ``rate_se`` the error of their sum; ``distortion`` is -(ELBO + rate).
+        ``rate`` is by site, ``rate_se`` the error of their sum; ``distortion`` is -(ELBO + rate);
+        what tells of k-hat is None where K is too small for one.
         """
         out: dict[str, Any] = {"rows": len(self.log_p), "num_particles": self.num_particles}
         for name in ("log_p", "log_p_tenth", "elbo"):
             out[name], out[f"{name}_se"] = mean_and_error(getattr(self, name))
         out["ess_median"] = float(self.ess.median())
-        out["khat_median"] = float(self.khat.median())
-        out["khat_threshold"] = khat_threshold(self.num_particles)
-        out["khat_bad_share"] = float((self.khat > out["khat_threshold"]).double().mean())
+        out |= dict.fromkeys(("khat_median", "khat_threshold", "khat_bad_share"))
+        if has_tail(self.num_particles):
+            out["khat_median"] = float(self.khat.median())
+            out["khat_threshold"] = khat_threshold(self.num_particles)
+            out["khat_bad_share"] = float((self.khat > out["khat_threshold"]).double().mean())
         out["rate"] = {site: float(rate.sum()) for site, rate in self.rate.items()}
         if self.rate_rows is not None:
             _, out["rate_se"] = mean_and_error(self.rate_rows)
@@ -188,13 +191,16 @@ class Evaluation:
 
     def __str__(self) -> str:
         s = self.summary()
+        khat = "k-hat: K too small"
+        if s["khat_median"] is not None:
+            above = f"above {s['khat_threshold']:.2f} in {s['khat_bad_share']:.0%} of rows"
+            khat = f"k-hat median {s['khat_median']:.2f}, {above}"
         lines = [
             f"log p(x) >= {s['log_p']:.3f} ± {s['log_p_se']:.3f} nats  (K = {s['num_particles']}, "
             f"{s['rows']} rows, {', '.join(self.proposals)}, seed {self.seed})",
             f"         >= {s['log_p_tenth']:.3f} ± {s['log_p_tenth_se']:.3f}  (K / 10)",
             f"ELBO        {s['elbo']:.3f} ± {s['elbo_se']:.3f}",
-            f"ESS median {s['ess_median']:.1f}, k-hat median {s['khat_median']:.2f}, "
-            f"above {s['khat_threshold']:.2f} in {s['khat_bad_share']:.0%} of rows",
+            f"ESS median {s['ess_median']:.1f}, {khat}",
         ]
         if "log_p_raw" in s:
             raw = f"log p(x) >= {s['log_p_raw']:.3f} ± {s['log_p_raw_se']:.3f} nats"

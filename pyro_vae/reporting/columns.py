@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from pyro_vae.reporting.images import same_shape
 from pyro_vae.reporting.style import (
@@ -16,6 +18,7 @@ from pyro_vae.reporting.style import (
     Array,
     Picture,
     array,
+    inches,
     names_of,
     small_multiples,
     styled,
@@ -25,7 +28,8 @@ __all__ = ["against", "histograms"]
 
 SHOWN = 12  # columns at most
 FEW_VALUES = 20  # whole numbers up to which each has a bar of its own
-BINS = 30
+BINS = 30  # at most
+TITLE = 1.9, (13, 11)  # inches of a panel that its title may take, points
 
 
 @styled()
@@ -83,10 +87,24 @@ def _panels(what: str, names: Sequence[str] | None, width: int) -> tuple[Picture
     titles = names_of(what, names, "column", width)[:SHOWN]
     figure, panels = small_multiples(len(titles))
     for axes, title in zip(panels, titles, strict=True):
-        axes.set_title(title)
+        text, size = _fitting(title)
+        axes.set_title(text, fontsize=size)
     if width > SHOWN:
         figure.suptitle(f"the first {SHOWN} of {width} columns", fontsize=12, color=GREY)
     return figure, panels
+
+
+def _fitting(title: str) -> tuple[str, int]:
+    """A title no wider than its panel, and its size: smaller, and then without its middle."""
+    width, sizes = TITLE
+    for size in sizes:
+        if inches(title, size) <= width:
+            return title, size
+    for kept in range(len(title) - 1, 1, -1):  # both ends, as columns often begin or end alike
+        short = f"{title[: kept - kept // 2]}…{title[len(title) - kept // 2 :]}"
+        if inches(short, sizes[-1]) <= width:
+            break
+    return short, sizes[-1]
 
 
 def _known(values: Array) -> Array:
@@ -99,8 +117,10 @@ def _histogram(axes: Axes, values: dict[str, Array]) -> None:
         return
     whole = np.array_equal(together, together.round()) and np.ptp(together) < FEW_VALUES
     low, high = together.min(), together.max()
-    edges = np.arange(low - 0.5, high + 1) if whole else _edges(low, high)
+    edges = np.arange(low - 0.5, high + 1) if whole else _edges(low, high, values.values())
     for (name, each), colour in zip(values.items(), (GREY, COLOURS[0]), strict=False):
+        if not each.size:
+            continue
         filled = name == "data"
         axes.hist(
             each,
@@ -116,18 +136,26 @@ def _histogram(axes: Axes, values: dict[str, Array]) -> None:
     axes.spines.left.set_visible(False)
 
 
-def _edges(low: float, high: float) -> Array:
-    return np.linspace(low, high if high > low else low + 1.0, BINS + 1)
+def _edges(low: float, high: float, sets: Iterable[Array]) -> Array:
+    """As many bins as the square root of the smaller set; more of them would make a comb of it."""
+    bins = min(BINS, math.ceil(min(len(each) for each in sets if each.size) ** 0.5))
+    return np.linspace(low, high if high > low else low + 1.0, bins + 1)
 
 
 def _scatter(axes: Axes, x: Array, mean: Array, missing: int) -> None:
     if x.size:
         ends = [min(x.min(), mean.min()), max(x.max(), mean.max())]
+        margin = 0.05 * (ends[1] - ends[0]) or 0.5
+        for axis in (axes.xaxis, axes.yaxis):  # the same ticks on both
+            axis.set_major_locator(MaxNLocator(3))
+        axes.set(xlim=(ends[0] - margin, ends[1] + margin), box_aspect=1)
+        axes.set_ylim(axes.get_xlim())
         axes.plot(ends, ends, color=GREY, linewidth=1, zorder=1)
         axes.scatter(x, mean, s=10, alpha=min(1.0, 60 / len(x) ** 0.5 / 4), linewidths=0, zorder=2)
         rest, spread = ((x - mean) ** 2).mean(), x.var()
-        if spread > 0:
-            axes.text(0.04, 0.96, f"R² {1 - rest / spread:.2f}", va="top", transform=axes.transAxes)
+        told = (f"R² {1 - rest / spread:.2f}, " if spread > 0 else "") + f"n = {len(x)}"
+        place: dict[str, Any] = {"va": "top", "fontsize": 11, "transform": axes.transAxes}
+        axes.text(0.04, 0.98, told, **place)
     if missing:
         axes.text(
             *(0.96, 0.04, f"{missing} missing"),

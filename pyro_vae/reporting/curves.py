@@ -51,17 +51,24 @@ def training(
     axes.set_ylabel("bound (nats per row)")
     axes.set_ylim(*_range(axes))
     if x != "seconds":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_xticks(_ticks(axes))
     grey = GREY if several else COLOURS[0]
     lines = [Line2D([], [], color=colours[name], label=name) for name in runs if name]
     lines.append(Line2D([], [], color=grey, **TRAINING, label="training (minus loss)"))
     if any(held_out):
         lines.append(Line2D([], [], color=grey, marker="o", label="held out, and its best"))
-    if several:
-        figure.legend(handles=lines, loc="outside right upper")
-    else:
-        axes.legend(handles=lines, loc="lower right")
+    beside: dict[str, Any] = {"loc": "outside lower center", "ncols": 2}
+    figure.legend(handles=lines, **({"loc": "outside right upper"} if several else beside))
     return figure
+
+
+def _ticks(axes: Axes) -> list[float]:
+    """Round whole numbers, and the last one that the curves reach."""
+    along = np.concatenate([np.asarray(line.get_xdata(), float) for line in axes.get_lines()])
+    first, last = np.nanmin(along), np.nanmax(along)
+    even = MaxNLocator(integer=True, min_n_ticks=1).tick_values(first, last)
+    room = 0.6 * np.diff(even[:2]).sum()  # that the last one's number needs
+    return [float(tick) for tick in even if first <= tick <= last - room] + [float(last)]
 
 
 def _course(axes: Axes, records: Sequence[Record], x: str, colour: str) -> bool:
@@ -123,12 +130,17 @@ def comparison(records: Sequence[Record]) -> Picture:
         _errors(left, records, "elbo", 0.12, color=GREY, markerfacecolor="white", label="ELBO"),
     ]
     left.set_xlabel("nats")
+    left.xaxis.set_major_locator(MaxNLocator(nbins=5))
     left.set_yticks(range(len(names)), names)
     left.set_ylim(len(names) - 0.5, -0.5)
     left.legend(handles=lines, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     _errors(right, records[1:], "log_p_gain", 0.0, first=1)
     right.axvline(0, color=GREY, linewidth=1)
-    right.annotate("reference", (0, 0), (6, 0), textcoords="offset points", color=GREY, va="center")
+    right.xaxis.set_major_locator(MaxNLocator(nbins=4))
+    rightwards = sum(right.get_xlim()) >= 0  # to the side on which there is room
+    place: dict[str, Any] = {"ha": "left" if rightwards else "right", "va": "center"}
+    place |= {"xytext": (6 if rightwards else -6, 0), "textcoords": "offset points"}
+    right.annotate("reference", (0, 0), color=GREY, **place)
     right.set_xlabel("gain in log p(x), paired (nats)")
     right.tick_params(axis="y", length=0)
     return figure

@@ -10,9 +10,8 @@ import numpy as np
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
-from matplotlib.textpath import TextPath
 
-from pyro_vae.reporting.style import COLOURS, Array, Picture, array, styled
+from pyro_vae.reporting.style import COLOURS, Array, Picture, array, inches, styled
 
 __all__ = ["grid", "interpolations", "is_image", "pairs", "pixels", "same_shape", "traversals"]
 
@@ -212,7 +211,8 @@ def _mosaic(
     canvas, (height, width) = _joined(cells), cells.shape[2:4]
     high, wide = canvas.shape[:2]
     scale = min(LIMIT / high, LIMIT / wide, CELL / height)
-    left = 0.15 * bool(rows) + max(map(_inches, rows), default=0.0)  # that names take
+    font = float(rcParams["ytick.labelsize"])
+    left = 0.15 * bool(rows) + max((inches(row, font) for row in rows), default=0.0)
     below = 0.3 * bool(columns) + 0.3 * bool(label)
     size = wide * scale + left + 2 * MARGIN, high * scale + below + 2 * MARGIN
     figure = Picture(figsize=size)
@@ -232,12 +232,6 @@ def _mosaic(
         axis.set_ticks(places, names)
     axes.set_xlabel(label)
     return figure, axes
-
-
-def _inches(text: str) -> float:
-    """Width of a tick's name."""
-    path = TextPath((0, 0), text, size=float(rcParams["ytick.labelsize"]))
-    return float(path.get_extents().width) / 72
 
 
 def _mark(axes: Axes, where: Any) -> None:

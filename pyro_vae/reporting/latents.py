@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
+from pyro_vae.evaluation.diagnostics import has_tail
 from pyro_vae.evaluation.latent import ACTIVE
 from pyro_vae.reporting.style import (
     ACCENT,
@@ -26,7 +27,9 @@ __all__ = ["latent_map", "rates", "weights"]
 
 LONG = 12  # classes up to which a legend has one column
 CLASSES = 20  # up to which colours and markers tell labels apart
-MARKERS = ("o", "^", "s")
+MARKERS = ("o", "^")
+# with wine, olive and indigo of Tol's muted set: ten, none of them grey
+TEN = (*COLOURS, "#882255", "#999933", "#332288")
 THRESHOLD = 0.01  # nats
 PALE = "#BDBDBD"
 BAR = 0.25  # inches from which on the number of a dimension fits below its bar
@@ -109,7 +112,7 @@ def latent_map(
     Args:
         mean: ``[N, *event]``, as ``encode`` gives them.
         labels: ``[N]`` classes (names or whole numbers, 20 at most, in a legend), or other numbers
-            (a colour bar).
+            (a colour bar). Rows whose label is missing, NaN or None, are grey and counted.
         dims: two dimensions to show instead.
         latent: name of the site.
         label: what the labels are.
@@ -125,25 +128,53 @@ def latent_map(
     axes.set_xlabel(names[0])
     axes.set_ylabel(names[1])
     axes.set_aspect("equal", adjustable="datalim")
-    size = float(np.clip(6000 / len(points), 6, 30))
+    dots: dict[str, Any] = {"s": float(np.clip(20_000 / len(points), 16, 36)), "linewidths": 0}
+    dots["alpha"] = float(np.clip((1000 / len(points)) ** 0.5, 0.35, 0.85))
     if labels is None:
-        axes.scatter(plane[:, 0], plane[:, 1], s=size, alpha=0.7, linewidths=0)
+        axes.scatter(plane[:, 0], plane[:, 1], **dots)
         return figure
-    classes, which = _classes("latent_map", labels, len(points))
+    values = _labels("latent_map", labels, len(points))
+    missing = np.array([each is None or each != each for each in values.tolist()])
+    if missing.any():
+        axes.scatter(*plane[missing].T, color=PALE, **dots)
+        axes.set_title(f"{label}: missing in {missing.sum()} of {len(points)} rows (grey)")
+    plane, values = plane[~missing], np.array(values[~missing].tolist())
+    classes, which = _classes("latent_map", values)
     if classes is None:
-        heat = axes.scatter(plane[:, 0], plane[:, 1], size, which, cmap="viridis", linewidths=0)
+        dots["alpha"] = 1.0  # colours that mix would not be those of the bar
+        heat = axes.scatter(plane[:, 0], plane[:, 1], c=which, cmap="viridis", **dots)
         figure.colorbar(heat, ax=axes, label=label).outline.set_visible(False)
-        return figure
-    for number, name in enumerate(classes):
-        here = plane[which == number]
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number // len(COLOURS)]
-        dots: dict[str, Any] = {"color": colour, "marker": marker, "label": str(name)}
-        axes.scatter(here[:, 0], here[:, 1], size, linewidths=0, **dots)
-    scale = max(1.0, (40 / size) ** 0.5)
-    look: dict[str, Any] = {"handletextpad": 0.2, "handlelength": 1.2, "alignment": "left"}
-    look |= {"markerscale": scale, "ncols": 1 + (len(classes) > LONG)}
-    figure.legend(loc="outside right center", title=label, **look)
+    elif classes:
+        _by_class(figure, axes, plane, which, classes, label, dots)
     return figure
+
+
+def _by_class(
+    figure: Picture,
+    axes: Axes,
+    plane: Array,
+    which: Array,
+    classes: list[Any],
+    label: str,
+    dots: dict[str, Any],
+) -> None:
+    """A colour, or a colour and a marker, a class."""
+    for number, name in enumerate(classes):
+        turn, place = divmod(number, len(TEN))
+        look: dict[str, Any] = {"color": TEN[place], "marker": MARKERS[turn], **dots}
+        axes.scatter(*plane[which == number].T, label=str(name), **look)
+    legend = figure.legend(
+        loc="outside right center",
+        title=label,
+        handletextpad=0.2,
+        handlelength=1.2,
+        alignment="left",
+        markerscale=max(1.0, (50 / dots["s"]) ** 0.5),
+        ncols=1 + (len(classes) > LONG),
+    )
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_alpha(1.0)
 
 
 def _plane(points: Array, dims: tuple[int, int] | None, latent: str) -> tuple[Array, list[str]]:
@@ -169,13 +200,18 @@ def _plane(points: Array, dims: tuple[int, int] | None, latent: str) -> tuple[Ar
     return centred @ directions[:2].T, names
 
 
-def _classes(what: str, labels: Any, rows: int) -> tuple[list[Any] | None, Array]:
-    """Names of classes and the number of each row's; or None and the rows' numbers."""
+def _labels(what: str, labels: Any, rows: int) -> Array:
+    """``[rows]``, as they came."""
     values = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
     if values.shape != (rows,):
         raise ValueError(
             f"{what}: came labels {list(values.shape)} for {rows} rows, wanted [{rows}]"
         )
+    return values
+
+
+def _classes(what: str, values: Array) -> tuple[list[Any] | None, Array]:
+    """Names of classes and the number of each row's; or None and the rows' numbers."""
     names, which = np.unique(values, return_inverse=True)
     numbers = values.dtype.kind in "biuf"
     few = len(names) <= CLASSES
@@ -187,17 +223,22 @@ def _classes(what: str, labels: Any, rows: int) -> tuple[list[Any] | None, Array
 
 
 @styled()
-def weights(khat: Any, threshold: float = 0.7) -> Picture:
+def weights(khat: Any, threshold: float = 0.7, *, num_particles: int | None = None) -> Picture:
     """Pareto k-hat of the importance weights, row by row: above the threshold their tail is too heavy
     for the slack of log p(x) >= to be known.
 
     Args:
         khat: ``[N]``, as ``Evaluation.khat`` has them.
         threshold: as ``khat_threshold(num_particles)`` gives it.
+        num_particles: K, which the title then names.
 
     Raises:
         ValueError: no finite number, as with too few particles for a tail.
     """
+    if num_particles is not None and not has_tail(num_particles):
+        raise ValueError(
+            f"weights: came K = {num_particles}, too small for k-hat; wanted 21 or more"
+        )
     values = array("weights: khat", khat).flatten()
     shown = finite("weights: khat", values)
     edges = np.linspace(min(shown.min(), threshold - 0.1), max(shown.max(), threshold + 0.1), 31)
@@ -211,5 +252,6 @@ def weights(khat: Any, threshold: float = 0.7) -> Picture:
     axes.axvline(threshold, color="black", linestyle="--", linewidth=1.2)
     axes.set_xlabel("Pareto k-hat of a row's importance weights")
     axes.set_ylabel("rows")
-    axes.set_title(f"{np.mean(values > threshold):.0%} of {len(values)} rows above {threshold:.2f}")
+    told = f"{np.mean(values > threshold):.0%} of {len(values)} rows above {threshold:.2f}"
+    axes.set_title(told if num_particles is None else f"{told}, K = {num_particles}")
     return figure

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
+from matplotlib.textpath import TextPath
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,6 +27,7 @@ __all__ = [
     "Picture",
     "array",
     "finite",
+    "inches",
     "names_of",
     "new",
     "save",
@@ -105,6 +107,11 @@ def small_multiples(panels: int, columns: int = 4, size: float = 2.4) -> tuple[P
     for spare in axes[panels:]:
         spare.remove()
     return figure, axes[:panels]
+
+
+def inches(text: str, size: float) -> float:
+    """Width of a text in a font of so many points."""
+    return float(TextPath((0, 0), text, size=size).get_extents().width) / 72
 
 
 def save(figure: Figure, path: str | Path) -> None:

@@ -110,7 +110,8 @@ class Comparison:
             for name in ("num_particles", "rows", "khat_threshold"):
                 record[name] = summaries[0][name]
             for name in ("ess_median", "khat_median", "khat_bad_share"):
-                record[name] = float(np.mean([s[name] for s in summaries]))
+                known = [s[name] for s in summaries if s[name] is not None]
+                record[name] = float(np.mean(known)) if known else None
             record["active_units"] = [sum(s["active_units"].values()) for s in summaries]
             record["proposals"] = sorted({p for s in summaries for p in s["proposals"]})
             seconds = [t for (name, _), t in self.seconds.items() if name == objective]
@@ -134,12 +135,15 @@ class Comparison:
                     f"{r['log_p']:.2f} ± {r['log_p_se']:.2f}",
                     "-" if r is first else f"{r['log_p_gain']:+.2f} ± {r['log_p_gain_se']:.2f}",
                     " ".join(f"{value:.2f}" for value in r["log_p_per_seed"]),
-                    f"{r['khat_median']:.2f}",
-                    f"{r['khat_bad_share']:.0%}",
+                    "-" if r["khat_median"] is None else f"{r['khat_median']:.2f}",
+                    "-" if r["khat_bad_share"] is None else f"{r['khat_bad_share']:.0%}",
                     " ".join(map(str, r["active_units"])),
                     "-" if r["seconds"] is None else f"{r['seconds']:.0f}",
                 ]
             )
+        bad = "no share, as K is too small for a k-hat"
+        if first["khat_threshold"] is not None:
+            bad = f"share of rows with k-hat above {first['khat_threshold']:.2f}"
         widths = [max(len(row[i]) for row in table) for i in range(len(head))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in table]
         return "\n".join(
@@ -150,8 +154,8 @@ class Comparison:
                 "",
                 f"nats; mean ± standard error over {first['rows']} held-out rows, averaged over seeds "
                 f"{first['seeds']}; gain: log p minus that of {first['objective']}, paired by row;",
-                f"proposals {', '.join(sorted({p for r in records for p in r['proposals']}))}; bad: "
-                f"share of rows with k-hat above {first['khat_threshold']:.2f}; s: seconds of training",
+                f"proposals {', '.join(sorted({p for r in records for p in r['proposals']}))}; "
+                f"bad: {bad}; s: seconds of training",
             ]
         )
 
