@@ -6,6 +6,7 @@ import io
 import math
 import pickle
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -367,6 +368,14 @@ def test_table():
     assert f"{float(gain.mean()):+.2f} ± " in second
     assert "400 held-out rows" in " ".join(notes)
     assert len({line.index("±") for line in (first, second)}) == 1  # columns stand in line
+
+
+def test_table_of_too_few_particles_for_khat():
+    comparison, *_ = by_hand()
+    cells = {key: replace(e, num_particles=5) for key, e in comparison.cells.items()}
+    few = Comparison(cells)
+    assert all(r["khat_median"] is None and r["khat_bad_share"] is None for r in few.summary())
+    assert "bad: no share, as K is too small for a k-hat" in str(few)
 
 
 def test_unknown_objective():

@@ -7,6 +7,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +229,7 @@ def test_long_titles_end_within_the_figure():
     titles = [axes.title if axes.get_title() else axes._left_title for axes in figure.axes]
     for title, axes in zip(titles, figure.axes, strict=True):
         assert title.get_window_extent().x1 <= axes.get_tightbbox().x1 <= figure.bbox.x1
-    for left, right in zip(titles[:-1], titles[1:], strict=True):
+    for left, right in pairwise(titles):
         assert left.get_window_extent().x1 < right.get_window_extent().x0
     assert [titles[0].get_text(), titles[1].get_text()] == [short, "nonflavanoid_phenols"]
     for title in titles[2:]:
@@ -466,7 +467,7 @@ def test_the_last_epoch_has_a_tick(last: int, ticks: list[float] | None):
     assert came == (ticks or came)
     figure.savefig(io.BytesIO(), format="png")
     spans = [label.get_window_extent() for label in axes.get_xticklabels()]
-    assert all(a.x1 < b.x0 for a, b in zip(spans[:-1], spans[1:], strict=True))
+    assert all(a.x1 < b.x0 for a, b in pairwise(spans))
     assert not figure.legends[0].get_window_extent().overlaps(axes.get_window_extent())
 
 
@@ -528,7 +529,7 @@ def test_texts_of_a_comparison_do_not_meet(gain: float):
     ticks = zip(right.get_xticks(), right.get_xticklabels(), strict=True)
     spans = [label.get_window_extent() for tick, label in ticks if low <= tick <= high]
     assert len(spans) >= 2
-    assert all(a.x1 < b.x0 for a, b in zip(spans[:-1], spans[1:], strict=True))
+    assert all(a.x1 < b.x0 for a, b in pairwise(spans))
     (reference,) = right.texts
     frame, text = right.get_window_extent(), reference.get_window_extent()
     assert frame.x0 <= text.x0 < text.x1 <= frame.x1

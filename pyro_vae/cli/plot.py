@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from torch import Tensor
@@ -132,7 +133,9 @@ class Subject:
         if name is None:
             return plots.latent_map(means, latent=self.latent)
         labels = self.rows if name in self.rows else self.opened.source(name).rows(self.split)
-        colours = labels[name][: len(means)].numpy()
+        labels = labels.rows(slice(0, len(means)))
+        known = labels.mask(name).numpy()
+        colours = labels[name].numpy() if known.all() else np.where(known, labels[name], np.nan)
         return plots.latent_map(means, colours, latent=self.latent, label=name)
 
     def rates(self) -> Any:
@@ -140,7 +143,8 @@ class Subject:
         return plots.rates(rate, active, latent=self.latent)
 
     def weights(self) -> Any:
-        return plots.weights(self.judged.khat.numpy(), khat_threshold(PARTICLES))
+        khat, threshold = self.judged.khat.numpy(), khat_threshold(PARTICLES)
+        return plots.weights(khat, threshold, num_particles=PARTICLES)
 
 
 PIXELS = ("interpolations", "traversals")  # what tables have no figure of

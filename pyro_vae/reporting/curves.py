@@ -67,7 +67,7 @@ def _ticks(axes: Axes) -> list[float]:
     along = np.concatenate([np.asarray(line.get_xdata(), float) for line in axes.get_lines()])
     first, last = np.nanmin(along), np.nanmax(along)
     even = MaxNLocator(integer=True, min_n_ticks=1).tick_values(first, last)
-    room = 0.6 * np.diff(even[:2]).sum()  # that the last one's number needs
+    room = 0.6 * (np.diff(even[:2]).sum() or 1.0)  # that the last one's number needs
     return [float(tick) for tick in even if first <= tick <= last - room] + [float(last)]
 
 
