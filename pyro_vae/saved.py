@@ -60,14 +60,15 @@ def load(
         raise ValueError(
             f"{run}: the run is not finished; go on with the same fit and resume=True (--resume)"
         )
+    example = folder.example()
     if not isinstance(pair, tuple):
         build = _builder(folder, config.get("pair"), pair)
-        rows = folder.example() if data is None else data
+        rows = example if data is None else data
         rows = rows.look() if isinstance(rows, Batch) else rows
         with torch.random.fork_rng():  # to draw what is replaced at once is no affair of the caller
             pair = build(rows)
     model, guide = pair
-    place = device_for(device, model, guide, folder.example())
+    place = device_for(device, model, guide, example)
     for module in filter(None, (owner(model), owner(guide))):
         module.to(place)
     try:

@@ -9,15 +9,24 @@ import pytest
 from pyro_vae.files import replacing
 
 
-def test_replaces_when_the_body_is_done(tmp_path):
-    file = tmp_path / "a.txt"
-    file.write_text("before")
-    with replacing(file) as temporary:
-        assert temporary.suffix == ".txt"
-        temporary.write_text("after")
-        assert file.read_text() == "before"
-    assert file.read_text() == "after"
-    assert list(tmp_path.iterdir()) == [file]
+def test_a_file_is_whole_or_not_there(tmp_path: Path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def interrupted() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("ha")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "old"
+    with replacing(path) as temporary:
+        assert temporary.suffix == path.suffix == ".txt"
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
 
 
 def test_full_disk_leaves_what_was_there_and_names_the_file(tmp_path):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.training import state as state_module
-from pyro_vae.training.state import pack, read_tensors, replacing, unpack, write_tensors
+from pyro_vae.training.state import pack, read_tensors, unpack, write_tensors
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -111,25 +111,6 @@ def test_states_of_optimizers_and_schedulers(make: Any, tmp_path: Path):
 def test_what_would_need_pickling_is_refused(value: Any):
     with pytest.raises(ValueError, match="pickling"):
         pack(value, {}, "state")
-
-
-def test_a_file_is_whole_or_not_there(tmp_path: Path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def interrupted() -> None:
-        with replacing(path) as temporary:
-            temporary.write_text("ha")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert path.read_text() == "old"
-    with replacing(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_files_have_the_usual_permissions(tmp_path: Path):

@@ -132,7 +132,7 @@ class Subject:
         means, name = self.codes[self.latent].flatten(1).numpy(), self.label
         if name is None:
             return plots.latent_map(means, latent=self.latent)
-        labels = self.rows if name in self.rows else self.opened.source(name).rows(self.split)
+        labels = self.rows if name in self.rows else self.opened.label(name).rows(self.split)
         labels = labels.rows(slice(0, len(means)))
         known = labels.mask(name).numpy()
         colours = labels[name].numpy() if known.all() else np.where(known, labels[name], np.nan)

@@ -63,14 +63,16 @@ class Source:
         parts = self._cut(self._load("all"), HELD_OUT)
         return parts[0] if split == "train" else parts[1].still()
 
-    def numbers(self, split: str) -> Tensor:
-        """Numbers that the rows of a split have where they are stored: in the file, if that is not
-        stored in parts."""
+    def numbers(self, split: str, size: int) -> Tensor:
+        """Numbers that the ``size`` rows of a split have where they are stored: in the file, if that is
+        not stored in parts."""
         if split.startswith("valid="):
             share = self._share(split.removeprefix("valid="))
-            return self._cut(Batch({"row": self.numbers("train")}), share)[1]["row"]
+            return self._cut(Batch({"row": self.numbers("train", self.record["rows"])}), share)[1][
+                "row"
+            ]
         if split in self.record["splits"]:
-            return torch.arange(self.rows(split).size)
+            return torch.arange(size)
         everything = Batch({"row": torch.arange(self.record["rows"])})
         parts = self._cut(everything, HELD_OUT)
         return parts[0 if split == "train" else 1]["row"]

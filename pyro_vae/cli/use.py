@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -65,22 +66,37 @@ class Opened:
     data: str | None
     device: str = "auto"
 
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return Folder(self.path).config()
+
+    @property
+    def command(self) -> dict[str, Any]:
+        """What the run was started with; nothing, if not from the command line."""
+        return self.config.get("command", {})  # type: ignore[no-any-return]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What was done to the training rows."""
+        return self.config.get("data", {})  # type: ignore[no-any-return]
+
     def run(self) -> Run:
         return load(self.path, self.pair, device=self.device)
 
-    def source(self, label: str | None = None) -> Source:
-        """The data of the run, or those given instead, with the same done to them; or a label alone,
-        a site or a column."""
-        config = Folder(self.path).config()
-        made = config.get("command", {})
-        if self.data is None and "data" not in made:
+    @cached_property
+    def source(self) -> Source:
+        """The data of the run, or those given instead, with the same done to them."""
+        return self._source(self.command.get("sites"), self.command.get("data_options"))
+
+    def label(self, name: str) -> Source:
+        """A label of the same rows, a site or a column, alone."""
+        return self._source(f"{name}={name}" if "columns" in self.record else name)
+
+    def _source(self, sites: str | None, options: list[str] | None = None) -> Source:
+        if self.data is None and "data" not in self.command:
             raise ValueError(f"{self.path}: it does not say of which data; say so by --data")
-        name = self.data or made["data"]
         try:
-            if label is None:
-                return Source(name, made.get("sites"), made.get("data_options"))
-            is_table = "columns" in config.get("data", {})
-            return Source(name, f"{label}={label}" if is_table else label)
+            return Source(self.data or self.command["data"], sites, options)
         except FileNotFoundError as error:
             if self.data:
                 raise
@@ -90,9 +106,7 @@ class Opened:
 
     def rows(self, split: str, rows: int | None = None) -> Batch:
         """Rows of a split as the run's training rows were made."""
-        config = Folder(self.path).config()
-        source = self.source()
-        judged = source.judged(self._split(source, split), config.get("data", {}))
+        judged = self.source.judged(self._split(split), self.record)
         shapes = {site: list(judged.shape(site)[1:]) for site in judged}
         example = Folder(self.path).example()
         if isinstance(example, Batch):
@@ -100,25 +114,23 @@ class Opened:
         check_alike(shapes, judged, split)
         return judged if rows is None else judged.rows(slice(0, rows))
 
-    def numbers(self, split: str) -> Tensor:
-        """Numbers that the rows of a split have in their file."""
-        source = self.source()
-        return source.numbers(self._split(source, split))
+    def numbers(self, split: str, size: int) -> Tensor:
+        """Numbers that the ``size`` rows of a split have in their file."""
+        return self.source.numbers(self._split(split), size)
 
-    def _split(self, source: Source, split: str) -> str:
+    def _split(self, split: str) -> str:
         """What the run calls valid may be a share of the training rows."""
-        held_out = Folder(self.path).config().get("command", {}).get("valid")
-        if split != "valid" or held_out in (None, *source.record["splits"]):
+        held_out = self.command.get("valid")
+        if split != "valid" or held_out in (None, *self.source.record["splits"]):
             return split
         return f"valid={held_out}"
 
-    def changed(self, run: Run, source: Source) -> str:
+    def changed(self, run: Run) -> str:
         """Files that are not what they were when the run was made."""
-        made = run.config.get("command", {})
-        same = self.data or made.get("data_sha256") in (None, source.record.get("sha256"))
-        return ", ".join(
-            filter(None, ["" if same else made["data"], changed(run.config, run.model)])
-        )
+        made = self.command.get("data_sha256")
+        same = self.data or made in (None, self.source.record.get("sha256"))
+        files = ["" if same else self.command["data"], changed(run.config, run.model)]
+        return ", ".join(filter(None, files))
 
     def write(
         self,
@@ -129,7 +141,7 @@ class Opened:
         originals: Batch | None = None,
     ) -> None:
         """Write what a model made of rows by the suffix of ``out``: a figure, or a table."""
-        record = Folder(self.path).config().get("data", {})
+        record = self.record
         if not raw:
             arrays = {name: data.undo(record, name, value) for name, value in arrays.items()}
         if out.suffix in FORMATS:
@@ -162,11 +174,11 @@ def evaluate(
     """
     opened = Opened(run, pair, data_name, device)
     kept = opened.run()
-    source, rows = opened.source(), opened.rows(split)
+    rows = opened.rows(split)
     result = kept.evaluate(rows, num_particles, seed=seed)
-    if files := opened.changed(kept, source):
+    if files := opened.changed(kept):
         typer.echo(f"note: changed since the run: {files}", err=True)
-    summary = result.summary() | {"data": source.place, "split": split}
+    summary = result.summary() | {"data": opened.source.place, "split": split}
     show(summary, str(result), as_json)
     try:
         Folder(run).write("metrics.json", dumps(summary, indent=2) + "\n")
@@ -251,7 +263,7 @@ def encode(
     opened = Opened(run, pair, data_name, device)
     kept, batch = opened.run(), opened.rows(split)
     codes = predict.encode(kept.model, kept.guide, batch, num_draws=draws, seed=seed)
-    opened.write(out, {"row": opened.numbers(split), **codes})
+    opened.write(out, {"row": opened.numbers(split, len(batch)), **codes})
 
 
 @app.command()

@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid, softplus
 
 from pyro_vae.conditionals import marginal
 from pyro_vae.conditionals.continuous_bernoulli import ExactContinuousBernoulli
-from pyro_vae.conditionals.network import Network, independent, outputs, positive, several
+from pyro_vae.conditionals.network import Network, at_one, independent, outputs, positive, several
 from pyro_vae.conditionals.special import HALF_LOG_2PI, remainder
 from pyro_vae.nn.affine import Affine
 
@@ -221,7 +221,7 @@ class NegativeBinomial(nn.Module):
         self.net, self.event_shape, self.floor = net, tuple(event_shape), floor
         self.register_buffer("unit", positive("unit", unit))
         self.register_buffer("start", positive("dispersion", dispersion))
-        self.raw = nn.Parameter(torch.full_like(self.start, math.log(math.expm1(1.0 - floor))))
+        self.raw = at_one(self.start, floor)
 
     @staticmethod
     def takes(data: Tensor) -> bool:

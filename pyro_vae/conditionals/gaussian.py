@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import pyro.distributions as dist
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyro_vae.conditionals import marginal
-from pyro_vae.conditionals.network import Network, independent, outputs, positive, several
+from pyro_vae.conditionals.network import Network, at_one, independent, outputs, positive, several
 from pyro_vae.nn.affine import Affine
 from pyro_vae.nn.leading import Reshape
 
@@ -121,7 +120,7 @@ class Gaussian(nn.Module):
         super().__init__()
         self.net, self.event_shape, self.floor = net, tuple(event_shape), floor
         self.register_buffer("unit", positive("scale", scale))
-        self.raw = nn.Parameter(torch.full_like(self.unit, math.log(math.expm1(1.0 - floor))))
+        self.raw = at_one(self.unit, floor)
 
     @classmethod
     def build(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_vae.nn.leading import Reshape
 
-__all__ = ["Network", "independent", "outputs", "positive", "several"]
+__all__ = ["Network", "at_one", "independent", "outputs", "positive", "several"]
 
 Network = Callable[[Sequence[int]], nn.Module]
 """Makes a network by the shape it returns: ``network(shape)(parent)`` is ``[..., *shape]``."""
@@ -43,6 +43,11 @@ def independent(fn: TorchDistribution, event_dim: int) -> TorchDistribution:
     """Declare the last ``event_dim`` dimensions of ``fn`` an event that factorizes."""
     event: TorchDistribution = fn.to_event(event_dim)
     return event
+
+
+def at_one(like: Tensor, floor: float) -> nn.Parameter:
+    """A parameter r with floor + softplus(r) = 1 everywhere."""
+    return nn.Parameter(torch.full_like(like, math.log(math.expm1(1.0 - floor))))
 
 
 def positive(name: str, value: Tensor | float) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyro_vae.conditionals import marginal
-from pyro_vae.conditionals.network import Network, independent, outputs, positive
+from pyro_vae.conditionals.network import Network, at_one, independent, outputs, positive
 from pyro_vae.conditionals.special import HALF_LOG_2PI, remainder
 from pyro_vae.nn.affine import Affine
 
@@ -61,7 +60,7 @@ class StudentT(nn.Module):
         start = positive("df", df) - smallest
         if smallest < 0 or not bool((start > 0).all()):
             raise ValueError(f"StudentT: df= came {df}, wanted above smallest={smallest}")
-        self.raw = nn.Parameter(torch.full_like(self.unit, math.log(math.expm1(1.0 - floor))))
+        self.raw = at_one(self.unit, floor)
         self.raw_df = nn.Parameter(start + (-torch.expm1(-start)).log())
 
     @classmethod

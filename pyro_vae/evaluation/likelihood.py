@@ -37,6 +37,7 @@ __all__ = [
     "evaluate",
     "judging",
     "mean_and_error",
+    "whole_numbers",
 ]
 
 Program = Callable[..., Any]
@@ -248,10 +249,7 @@ def evaluate(
         ValueError: no rows, a latent outside the plate over rows, a posterior that is a point mass
             (its importance weights mean nothing; report its own bound).
     """
-    numbers = {"num_particles": num_particles, "batch_size": batch_size, "chunk": chunk}
-    for name, number in numbers.items():
-        if number is not None and (not isinstance(number, int) or number < 1):
-            raise ValueError(f"evaluate: came {name}={number!r}, wanted a whole number >= 1")
+    whole_numbers("evaluate", num_particles=num_particles, batch_size=batch_size, chunk=chunk)
     check_rows("evaluate: data", data)
     with judging(model, guide, seed):
         data = still(data).to(device_of(model, guide, data))
@@ -303,6 +301,17 @@ def evaluate(
             discretized=is_discretized(data, table.likelihood, masses),
             rate_rows=in_order(latents.rate_of_rows()),
         )
+
+
+def whole_numbers(what: str, at_least: int = 1, **numbers: int | None) -> None:
+    """Refuse arguments that are no counts; None stands for a default.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, number in numbers.items():
+        if number is not None and (not isinstance(number, int) or number < at_least):
+            raise ValueError(f"{what}: came {name}={number!r}, wanted a whole number >= {at_least}")
 
 
 def check_rows(what: str, data: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pyro_vae.batch import Batch, take
+from pyro_vae.evaluation.likelihood import whole_numbers
 from pyro_vae.evaluation.predict import (
     batches,
     encode,
@@ -20,7 +21,6 @@ from pyro_vae.evaluation.predict import (
     joined,
     means,
     ready,
-    whole_numbers,
 )
 from pyro_vae.evaluation.sites import expected, is_discrete, is_label
 from pyro_vae.objectives.plan import Plan

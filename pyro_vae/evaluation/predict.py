@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from pyro_vae.batch import Batch, Condition, still, take
-from pyro_vae.evaluation.likelihood import CELLS, check_rows, device_of, entries_per_row, judging
+from pyro_vae.evaluation.likelihood import (
+    CELLS,
+    check_rows,
+    device_of,
+    entries_per_row,
+    judging,
+    whole_numbers,
+)
 from pyro_vae.evaluation.sites import (
     OverDraws,
     beside,
@@ -36,7 +43,6 @@ __all__ = [
     "ready",
     "reconstruct",
     "sample",
-    "whole_numbers",
 ]
 
 Program = Callable[..., Any]
@@ -377,14 +383,3 @@ def _by_row(site: Site, value: Tensor, event_dim: int, row_dim: int) -> Tensor:
     row = leading + row_dim
     stray = [dim for dim in range(leading) if dim - leading not in plates]  # of size 1
     return value.squeeze(stray).movedim(row - sum(dim < row for dim in stray), 0)
-
-
-def whole_numbers(what: str, at_least: int = 1, **numbers: int | None) -> None:
-    """Refuse arguments that are no counts; None stands for a default.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    for name, number in numbers.items():
-        if number is not None and (not isinstance(number, int) or number < at_least):
-            raise ValueError(f"{what}: came {name}={number!r}, wanted a whole number >= {at_least}")

@@ -21,8 +21,8 @@ from pyro_vae.evaluation.likelihood import (
     device_of,
     entries_per_row,
     judging,
+    whole_numbers,
 )
-from pyro_vae.evaluation.predict import whole_numbers
 from pyro_vae.evaluation.sites import is_drawn, where_data, whole
 from pyro_vae.objectives.particles import Particles, run
 from pyro_vae.objectives.plan import Plan, make_plan

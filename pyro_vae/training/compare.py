@@ -33,10 +33,10 @@ from pyro_vae.evaluation.likelihood import (
     evaluate,
     mean_and_error,
 )
+from pyro_vae.files import replacing
 from pyro_vae.objectives.recipes import parse
 from pyro_vae.training.fit import NonFiniteError, fit
 from pyro_vae.training.runs import versions
-from pyro_vae.training.state import replacing
 
 __all__ = ["Comparison", "compare"]
 

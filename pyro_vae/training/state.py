@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_vae.files import replacing
 
-__all__ = ["pack", "read_tensors", "replacing", "saving", "unpack", "write_tensors"]
+__all__ = ["pack", "read_tensors", "saving", "unpack", "write_tensors"]
 
 
 def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
