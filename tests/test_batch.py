@@ -19,7 +19,7 @@ from pyro.optim import Adam  # type: ignore[attr-defined]
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from pyro_vae.batch import Batch, Condition, Observed
+from pyro_vae.batch import Batch, Condition, Observed, take
 
 NAN = float("nan")
 
@@ -173,6 +173,36 @@ def test_rows(mixed: Batch, index: Any, wanted: list[int]) -> None:
     assert torch.equal(rows.mask("x"), mixed.mask("x")[at])
     assert rows.weights is not None
     assert rows.weights.tolist() == [at + 1 for at in at.tolist()]
+
+
+@pytest.mark.parametrize("index", [[3], [0, -4]])
+def test_rows_that_are_not_there(mixed: Batch, index: list[int]) -> None:
+    with pytest.raises(IndexError, match=r"index out of range|out of bounds"):
+        mixed.rows(index)
+
+
+def test_rows_by_numbers_are_those_of_indexing() -> None:
+    """Bare tensors as well, with gradients, of any strides and dtype."""
+    x = torch.randn(5, 3, 2, requires_grad=True)
+    for held in (x, x.mT, x[:, 1:], x > 0, x[:, 0, 0], x[:, :0]):
+        for index in ([4, 0, 4], [-1, 2], [], [True, False, True, False, True]):
+            at = torch.tensor(index, dtype=None if index else torch.int64)
+            assert torch.equal(take(held, at), held[at])
+    take(x, torch.tensor([1, 1, -1])).sum().backward()
+    assert x.grad is not None
+    assert x.grad.sum((1, 2)).tolist() == [0, 12, 0, 0, 6]
+
+
+def test_ahead(mixed: Batch) -> None:
+    """Rows on a device; what is in memory are their tensors and no others."""
+    index = torch.tensor([2, 0])
+    rows, here = mixed.ahead(index, torch.device("meta")), mixed.ahead(index, torch.device("cpu"))
+    assert (rows.sites, rows.incomplete, rows.total) == (mixed.sites, ("x",), 10)
+    assert all(tensor.is_meta and len(tensor) == 2 for tensor in rows.tensors())
+    wanted = mixed.rows(index)
+    assert len(here.tensors()) == 5
+    assert all(map(torch.equal, here.tensors(), wanted.tensors()))
+    assert here.record == wanted.record
 
 
 def test_what_is_incomplete_does_not_depend_on_the_rows(mixed: Batch) -> None:

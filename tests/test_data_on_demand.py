@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 import pyro_vae as pv
 from pyro_vae.batch import Batch
 from pyro_vae.data import load, split
-from pyro_vae.data.on_demand import LOOK, Column, OnDemand, first_rows
+from pyro_vae.data.on_demand import LOOK, Column, OnDemand, _ask_for, first_rows
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 3, 4), dtype=np.uint8)
 TABLE = np.random.default_rng(1).normal(size=(30, 3))
@@ -80,6 +81,41 @@ def test_is_a_batch(images: Path) -> None:
     assert batch.rows(torch.arange(24) > 20)["y"].tolist() == [21, 22, 23]
     with pytest.raises(KeyError, match="'z' is not in the batch"):
         batch["z"]
+
+
+def test_memory_holds_bytes(images: Path) -> None:
+    """One for a pixel, whatever is drawn for it, and of a part its own rows."""
+    data = load(images, binarize="dynamic").without("y")
+    for batch, rows in ((data, 24), (split(data, (0.25, 0.75))[0], 6)):
+        pixels, ids, index = batch.tensors()
+        assert (pixels.dtype, pixels.shape) == (torch.uint8, (rows, 3, 4))
+        assert pixels.untyped_storage().nbytes() == rows * 12
+        assert len(ids) == len(index) == rows
+        (moved, *_) = batch.to("meta").tensors()
+        assert (moved.dtype, moved.device.type) == (torch.uint8, "meta")
+
+
+def test_ahead_draws_what_is_fixed(images: Path, tmp_path: Path) -> None:
+    """And leaves what is drawn anew to rows."""
+    np.save(tmp_path / "x.npy", PIXELS)
+    index, device = torch.tensor([5, 2, 9]), torch.device("cpu")
+    for data in (load(images), load(tmp_path / "x.npy", mmap=True)):
+        assert type(data.ahead(index, device)) is Batch
+    for source, mapped in ((images, False), (tmp_path / "x.npy", True)):
+        fixed = load(source, binarize="epoch", mmap=mapped).epoch(1, 2)
+        assert type(fixed.ahead(index, device)) is Batch
+        data, before = load(source, binarize="dynamic", mmap=mapped), torch.get_rng_state()
+        ahead = data.ahead(index, device)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert isinstance(ahead, OnDemand)
+        assert not ahead.mapped
+        assert torch.equal(ahead.still()["x"], data.still().rows(index)["x"])
+        torch.manual_seed(0)
+        one = ahead.rows(slice(1, 3))
+        torch.manual_seed(0)
+        two = data.rows(index[1:])
+        assert torch.equal(one["x"], two["x"])
+        assert one.index.tolist() == two.index.tolist() == [2, 9]
 
 
 def test_changes_that_keep_it_fresh(images: Path) -> None:
@@ -219,15 +255,51 @@ def test_only_the_rows_that_are_taken_are_read(
     np.save(tmp_path / "a.npy", TABLE)
     batch = load(tmp_path / "a.npy", mmap=True)
     read: list[int] = []
-    take = Column.stored
+    take = Column.read
 
-    def noted(column: Column, rows: Tensor) -> Tensor:
-        read.extend(rows.tolist())
-        return take(column, rows)
+    def noted(column: Column, source: Any) -> Tensor:
+        read.extend(column.ids.tolist())
+        return take(column, source)
 
-    monkeypatch.setattr(Column, "stored", noted)
+    monkeypatch.setattr(Column, "read", noted)
     batch.rows([3, 9]), batch.rows(slice(28, None)), batch.shape("x"), len(batch), batch.to("cpu")
     assert read == [3, 9, 28, 29]
+
+
+@pytest.mark.parametrize("size", [1, 500, 1024, 5000])
+def test_pages_that_are_asked_for(tmp_path: Path, size: int) -> None:
+    """All that the rows are in, each once, and little else; rows side by side in one piece."""
+    np.save(tmp_path / "a.npy", np.zeros((3000, size), np.float32))
+    source = np.load(tmp_path / "a.npy", mmap_mode="r")
+    pages = np.zeros(source.nbytes // mmap.PAGESIZE + 4, int)
+    calls: list[int] = []
+
+    class Mapped:
+        def madvise(self, advice: int, start: int, length: int) -> None:
+            assert (advice, start % mmap.PAGESIZE) == (mmap.MADV_WILLNEED, 0)
+            pages[start // mmap.PAGESIZE : (start + length) // mmap.PAGESIZE] += 1
+            calls.append(length)
+
+    source._mmap = Mapped()
+    rows = np.array([2999, 7, 1000, 7])
+    _ask_for(source, rows)
+    for row in rows:
+        first = source.offset + row * 4 * size
+        touched = pages[first // mmap.PAGESIZE : (first + 4 * size - 1) // mmap.PAGESIZE + 1]
+        assert (touched == 1).all()
+    assert pages.sum() <= 3 * (4 * size // mmap.PAGESIZE + 2)
+    calls.clear()
+    _ask_for(source, np.arange(1000, 1500))
+    assert len(calls) == 1
+    _ask_for(source, np.arange(0))
+    assert len(calls) == 1
+
+
+def test_columns_first(tmp_path: Path) -> None:
+    """A file in the other order of memory, whose rows are not in one piece."""
+    np.save(tmp_path / "a.npy", np.asfortranarray(TABLE))
+    batch = load(tmp_path / "a.npy", mmap=True)
+    assert torch.equal(batch.rows([7, 2])["x"], torch.from_numpy(TABLE[[7, 2]]))
 
 
 def test_folder_in_parts(tmp_path: Path) -> None:
@@ -265,17 +337,17 @@ def test_a_run_equals_one_in_memory(tmp_path: Path, case: str) -> None:
     arrays, options = CASES[case]
     path = folder(tmp_path / "data", **arrays)
     found = []
-    for mmap in (True, False):
-        train, valid = split(load(path, mmap=mmap, **options), seed=1)
-        assert isinstance(train, OnDemand) or not mmap
+    for mapped in (True, False):
+        train, valid = split(load(path, mmap=mapped, **options), seed=1)
+        assert isinstance(train, OnDemand) or not mapped
         run, parameters = trained(train, valid=valid, epochs=2)
         result = run.evaluate(valid, num_particles=20)
         found.append((parameters, without_time(run), result))
-    (one, history, mapped), (two, wanted, held) = found
+    (one, history, from_file), (two, wanted, held) = found
     assert same(one, two)
     assert history == wanted
-    assert torch.equal(mapped.log_p, held.log_p)
-    assert mapped.summary() == held.summary()
+    assert torch.equal(from_file.log_p, held.log_p)
+    assert from_file.summary() == held.summary()
 
 
 def test_integers_with_a_mask(tmp_path: Path) -> None:

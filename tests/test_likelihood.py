@@ -281,20 +281,18 @@ def test_an_absent_modality_is_one_that_is_missing_everywhere(how: str):
 
 
 class Table:
-    """A proposal whose log weights are known."""
+    """Log weights that are known."""
 
     def __init__(self, log_w: Tensor) -> None:
         self.log_w, self.done = log_w, 0
 
-    def log_weights(self, *args: Any) -> Tensor:
-        size = args[-1]
+    def __call__(self, batch: Any, size: int) -> Tensor:
         self.done += size
         return self.log_w[self.done - size : self.done]
 
 
 def stream(log_w: Tensor, chunk: int) -> tuple[Tensor, ...]:
-    program: Any = None
-    return likelihood._stream(Table(log_w), program, program, (), program, len(log_w), chunk)  # type: ignore[arg-type]
+    return likelihood._stream(Table(log_w), None, len(log_w), chunk)
 
 
 @pytest.mark.parametrize("num_particles", [1, 9, 10, 137, 1000])

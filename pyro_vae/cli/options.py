@@ -80,7 +80,7 @@ Steps = Annotated[int | None, typer.Option(min=1, help="optimizer steps, instead
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="rows a step")]
 Rate = Annotated[float, typer.Option("--lr", callback=positive, help="learning rate of Adam")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Compile = Annotated[str, typer.Option("--compile", help="auto or eager")]
+Compile = Annotated[str, typer.Option("--compile", help="auto, eager, traced or compiled")]
 
 
 def _version(wanted: bool) -> None:

@@ -135,7 +135,7 @@ def fit(
         **_length(epochs, steps),
         batch_size=batch_size,
         accumulate=accumulate,
-        optimizer=functools.partial(torch.optim.Adam, lr=lr),
+        optimizer=functools.partial(torch.optim.Adam, lr=lr, fused=True),
         clip=clip,
         precision=precision,
         compile=compile,
@@ -156,7 +156,7 @@ def fit(
         f"{out}: {last['step']} steps in {last['seconds']:.1f} s, loss {last['loss']:.3f} nats per "
         f"row{shown}, stopped by {run.stopped}"
     )
-    for line in run.notes:
+    for line in (*run.notes, *filter(None, [run.level])):
         typer.echo(line)
 
 
@@ -213,7 +213,7 @@ def compare(
             out=out,
             **_length(epochs, steps),
             batch_size=batch_size,
-            optimizer=functools.partial(torch.optim.Adam, lr=lr),
+            optimizer=functools.partial(torch.optim.Adam, lr=lr, fused=True),
             device=device,
             compile=compile,
         )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.batch import Batch
+from pyro_vae.batch import Batch, ahead, pick, sent
 from pyro_vae.data.draws import Draw
 from pyro_vae.data.source import Array, numbers
 
@@ -28,6 +28,18 @@ LATE = (
 def first_rows(shape: Sequence[int], rows: int = LOOK) -> slice:
     """The rows of ``[N, *event]`` that are looked at: fewer where they are large."""
     return slice(0, max(1, min(rows, ENTRIES // max(1, math.prod(shape[1:])))))
+
+
+def _ask_for(source: Any, rows: Array) -> None:
+    """Have the system read rows side by side; one after another, each would wait for the disk."""
+    if len(rows) and source.flags.c_contiguous and hasattr(mmap, "MADV_WILLNEED"):  # not on Windows
+        size, begin = source[:1].nbytes, source.offset % mmap.ALLOCATIONGRANULARITY
+        pages = np.unique((begin + rows * size) // mmap.PAGESIZE)
+        reach = size // mmap.PAGESIZE + 2  # pages that a row may touch
+        gaps = np.flatnonzero(np.diff(pages) > reach)
+        first, last = pages[np.r_[0, gaps + 1]], pages[np.r_[gaps, -1]] + reach
+        for start, length in zip(first.tolist(), (last - first).tolist(), strict=True):
+            source._mmap.madvise(mmap.MADV_WILLNEED, start * mmap.PAGESIZE, length * mmap.PAGESIZE)
 
 
 def _let_go(source: Any) -> None:
@@ -48,8 +60,9 @@ class Column:
 
     Attributes:
         name: what errors call it.
-        source: ``[M, *event]`` numbers as they are stored: a uint8 tensor, or a mapped file.
-        ids: ``[B]`` numbers of the rows in ``source``.
+        source: numbers as they are stored: a tensor ``[B, *event]`` of these rows, on the device, or a
+            mapped file ``[M, *event]`` of them and others.
+        ids: ``[B]`` numbers of the rows in the file, of which fixed draws are a function.
         dtype: of the values.
         device: where rows go.
         draw: what is drawn for 8-bit images.
@@ -80,36 +93,51 @@ class Column:
 
     def __getitem__(self, index: Any) -> Tensor:
         """Values of rows, ``[b, *event]``; NaN where missing."""
-        rows = self._rows(index)
-        stored = self.stored(rows)
+        rows = self.part(index)
+        stored = rows.stored()
         if self.draw is None:
             value = stored.to(self.dtype)
         else:
-            value = self.draw(stored, rows.to(stored.device), self.dtype)
+            value = self.draw(stored, rows.ids.to(stored.device), self.dtype)
         if self.mean is not None and self.scale is not None:
             value = standardized(value, self.mean, self.scale)
         return value
 
-    def present(self, index: Any) -> Tensor:
-        """Where rows are not NaN."""
-        return ~self.stored(self._rows(index)).isnan()
-
-    def stored(self, rows: Tensor) -> Tensor:
-        """What ``source`` holds of rows, on the device."""
-        if isinstance(self.source, Tensor):
-            return self.source[rows]
-        array = self.source[rows.numpy()]
-        array = np.array(array) if self.draw is not None else numbers(array)
-        _let_go(self.source)
-        if array.dtype.kind == "f":
-            self._check(np.isinf(array), rows, "infinite entries in row {row}; NaN means missing")
-            if not self.incomplete:
-                self._check(np.isnan(array), rows, LATE)
-        return torch.from_numpy(array).to(self.device)
+    def ahead(self, index: Tensor, device: torch.device) -> Any:
+        """Values of rows, or where these are drawn anew, a column of what they are drawn for."""
+        rows = self.part(index)
+        rows = replace(rows, source=sent(rows.stored(), device), ids=rows.ids.to(device)).to(device)
+        return rows if self.draw is not None and self.draw.stream is None else rows[:]
 
     def part(self, index: Any) -> Column:
         """The column of some of the rows."""
-        return replace(self, ids=self._rows(index))
+        index = index.to(self.ids.device) if isinstance(index, Tensor) else index
+        source = pick(self.source, index) if isinstance(self.source, Tensor) else self.source
+        return replace(self, source=source, ids=self.ids[index])
+
+    def stored(self) -> Tensor:
+        """What ``source`` holds of the rows, on the device."""
+        return self.source if isinstance(self.source, Tensor) else self.read(self.source)
+
+    def read(self, source: Array) -> Tensor:
+        """The rows out of a mapped file."""
+        rows = self.ids.numpy()
+        _ask_for(source, rows)
+        array = source[rows]
+        _let_go(source)
+        if array.dtype in (np.uint8, np.bool_):  # as they are: less to send
+            return sent(torch.from_numpy(np.array(array)), self.device)
+        array = numbers(array)
+        if array.dtype.kind == "f":
+            self._check(np.isinf(array), "infinite entries in row {row}; NaN means missing")
+            if not self.incomplete:
+                self._check(np.isnan(array), LATE)
+        return sent(torch.from_numpy(array), self.device)
+
+    def tensors(self) -> list[Tensor]:
+        """What is in memory."""
+        held = (self.source, self.ids, self.mean, self.scale)
+        return [tensor for tensor in held if isinstance(tensor, Tensor)]
 
     def to(self, device: torch.device | str | None = None, dtype: Any = None) -> Column:
         """Move what is in memory; a mapped column only notes where its rows go."""
@@ -121,18 +149,15 @@ class Column:
             new |= {"mean": self.mean.to(device), "scale": self.scale.to(device)}
         return replace(self, **new)
 
-    def _rows(self, index: Any) -> Tensor:
-        return self.ids[index.to(self.ids.device) if isinstance(index, Tensor) else index]
-
-    def _check(self, bad: Array, rows: Tensor, problem: str) -> None:
+    def _check(self, bad: Array, problem: str) -> None:
         if bad.any():
-            row = int(rows[int(np.argmax(bad.reshape(len(bad), -1).any(1)))])
+            row = int(self.ids[int(np.argmax(bad.reshape(len(bad), -1).any(1)))])
             raise ValueError(f"{self.name}: {problem.format(row=row)}")
 
 
 @dataclass(frozen=True)
 class Present:
-    """Where a mapped site is observed, found for the rows that are taken.
+    """Where a mapped site is observed, as far as NaN does not say so.
 
     Attributes:
         values: the site.
@@ -155,8 +180,16 @@ class Present:
 
     def __getitem__(self, index: Any) -> Tensor:
         """Bool ``[b, *event]``."""
-        present = self.values.present(index)
-        return present if self.mask is None else present & self.mask[index].bool()
+        if self.mask is not None:
+            return self.mask[index].bool()
+        shape = self.values.part(index).shape
+        return torch.ones(shape, dtype=torch.bool, device=self.values.device)
+
+    def ahead(self, index: Tensor, device: torch.device) -> Tensor:
+        return self.to(device)[index]
+
+    def tensors(self) -> list[Tensor]:
+        return [] if self.mask is None else self.mask.tensors()
 
     def part(self, index: Any) -> Present:
         return self._each(lambda column: column.part(index))
@@ -252,12 +285,10 @@ class OnDemand(Batch):
         return fixed.rows(first_rows(largest, rows))
 
     def rows(self, index: Any) -> Batch:
-        new = super().rows(index)
-        for site in self._made():
-            if site in new._observed:
-                fill = torch.as_tensor(self._fill[site]).to(new._values[site])
-                new._values[site] = torch.where(new._observed[site], new._values[site], fill)
-        return new
+        return self._filled(super().rows(index))
+
+    def ahead(self, index: Tensor, device: torch.device) -> Batch:
+        return self._filled(self._map(lambda held: ahead(held, index, device)))
 
     def part(self, index: Tensor) -> Batch:
         """Some of the rows, which go on being made when they are taken."""
@@ -296,6 +327,18 @@ class OnDemand(Batch):
 
     def _made(self) -> dict[str, Column]:
         return {site: v for site, v in self._values.items() if isinstance(v, Column)}
+
+    def _filled(self, new: Batch) -> Batch:
+        """With the fill where entries are missing, in the sites of ``new`` that are made by now."""
+        for site, column in self._made().items():
+            value = new._values[site]
+            if site in new._observed and isinstance(value, Tensor):
+                observed = new._observed[site]
+                if column.mapped:
+                    observed = new._observed[site] = observed & ~value.isnan()
+                fill = torch.as_tensor(self._fill[site]).to(value)
+                new._values[site] = torch.where(observed, value, fill)
+        return new
 
     def _draws(self, change: Callable[[Draw], Draw]) -> Batch:
         def changed(held: Any) -> Any:

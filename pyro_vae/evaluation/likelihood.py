@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.batch import Batch, still, take
+from pyro_vae.compiled import Fast
 from pyro_vae.evaluation.diagnostics import has_tail, khat_threshold, pareto_khat, tail_length
 from pyro_vae.evaluation.latent import LatentTable, active_units
 from pyro_vae.evaluation.proposals import Proposal, candidates
@@ -229,6 +231,7 @@ def evaluate(
     widen: bool = True,
     batch_size: int = 250,
     chunk: int | None = None,
+    compile: str = "auto",
     seed: int = 0,
 ) -> Evaluation:
     """Judge a pair on held-out rows; memory does not grow with ``num_particles``.
@@ -243,6 +246,8 @@ def evaluate(
         widen: False draws from the guide as it is.
         batch_size: rows at a time.
         chunk: particles at a time (default: by the size of a row).
+        compile: level at which importance weights are computed, as in ``fit``; the numbers are the
+            same but for rounding.
         seed: of all draws; the global random state is left as it was.
 
     Raises:
@@ -270,11 +275,13 @@ def evaluate(
             for other in reversed(halves)
         ]
         columns: list[tuple[Tensor, ...]] = []
+        calls = len(data) / batch_size * num_particles / chunk
         for half, proposal in zip(halves, chosen, strict=True):
+            weights = _Weights(proposal, model, guide, plan, compile, calls)
             for rows in half.split(batch_size):
-                args = (take(data, rows),)
-                latents.add(model, guide, args, plan, min(num_particles, ELBO_PARTICLES), chunk)
-                columns.append(_stream(proposal, model, guide, args, plan, num_particles, chunk))
+                batch = take(data, rows)
+                latents.add(model, guide, (batch,), plan, min(num_particles, ELBO_PARTICLES), chunk)
+                columns.append(_stream(weights, batch, num_particles, chunk))
         back = torch.cat(halves).argsort()
 
         def in_order(parts: list[Tensor]) -> Tensor:
@@ -407,12 +414,13 @@ def _choose(
     if len(options) == 1 or len(data) < 2:
         return options[0]
     rows = rows[:: max(1, len(rows) // PILOT_ROWS)][:PILOT_ROWS]
-    args = (take(data, rows),)
+    batch = take(data, rows)
     pilots = min(num_particles, PILOT_PARTICLES)  # what suits many particles need not suit few
 
     def bound(proposal: Proposal) -> Tensor:
         repeats = range(PILOT_PARTICLES // pilots)
-        runs = [_stream(proposal, model, guide, args, plan, pilots, chunk)[0] for _ in repeats]
+        weights = _Weights(proposal, model, guide, plan)
+        runs = [_stream(weights, batch, pilots, chunk)[0] for _ in repeats]
         return torch.stack(runs).mean(0)
 
     first, *others = map(bound, options)
@@ -423,14 +431,37 @@ def _choose(
     return options[1 + best] if gain > 2 * error else options[0]
 
 
+class _Weights:
+    """Log weights of a number of particles, at a level."""
+
+    def __init__(
+        self,
+        proposal: Proposal,
+        model: Program,
+        guide: Program,
+        plan: Plan,
+        level: str = "eager",
+        calls: float = 0,
+    ) -> None:
+        self.log_weights = partial(_log_weights, proposal, model, guide, plan)
+        self.level, self.calls = level, calls
+        self.fast: dict[int, Fast] = {}
+
+    def __call__(self, batch: Any, size: int) -> Tensor:
+        """``[size, B]``."""
+        if size not in self.fast:
+            self.fast[size] = Fast(partial(self.log_weights, size), self.level, self.calls)
+        return self.fast[size](batch)
+
+
+def _log_weights(
+    proposal: Proposal, model: Program, guide: Program, plan: Plan, size: int, batch: Any
+) -> Tensor:
+    return proposal.log_weights(model, guide, (batch,), plan, size)
+
+
 def _stream(
-    proposal: Proposal,
-    model: Program,
-    guide: Program,
-    args: tuple[Any, ...],
-    plan: Plan,
-    num_particles: int,
-    chunk: int,
+    weights: Callable[[Any, int], Tensor], batch: Any, num_particles: int, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log p at K and at K / 10, effective sample size and k-hat, ``[B]`` each, at constant memory."""
     tenth = max(1, num_particles // 10)
@@ -440,7 +471,7 @@ def _stream(
     while done < num_particles:
         stop = tenth if done < tenth else num_particles
         size = min(chunk, stop - done)
-        log_w = proposal.log_weights(model, guide, args, plan, size).double()
+        log_w = weights(batch, size).double()
         done += size
         sums, twice = torch.logsumexp(log_w, 0), torch.logsumexp(2 * log_w, 0)
         total = sums if total is None else torch.logaddexp(total, sums)

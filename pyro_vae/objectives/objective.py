@@ -105,6 +105,11 @@ class Objective(ELBO):
         self._plans: dict[Any, Plan] = {}
         self._steps: dict[Any, tuple[Program, Program, Tensor]] = {}  # of each pair under SVI
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether backward runs the programs again, chunk by chunk."""
+        return self.chunk is not None and self.chunk < self.num_particles
+
     def __call__(self, model: Program, guide: Program) -> ObjectiveModule:
         """The loss of a pair as a module that holds the parameters of model, guide and objective."""
         return ObjectiveModule(model, guide, self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_vae.batch import Batch, still, take
-from pyro_vae.compiled import in_precision, make_step
+from pyro_vae.compiled import Fast, Step, in_precision, make_step
 from pyro_vae.evaluation.likelihood import Evaluation, check_rows, evaluate
 from pyro_vae.objectives.objective import Objective, ObjectiveModule
 from pyro_vae.objectives.recipes import elbo
@@ -62,6 +63,11 @@ class Run:
     best: dict[str, float] = field(default_factory=dict)
     stopped: str = ""
     notes: tuple[str, ...] = ()
+
+    @property
+    def level(self) -> str:
+        """At which level most steps were taken, and why not at a higher one; see ``make_step``."""
+        return str(self.config.get("level", ""))
 
     def __repr__(self) -> str:
         if not self.history:
@@ -143,7 +149,7 @@ def fit(
             rows of a step are in memory together, activations and gradients those of one batch.
             What looks across the rows of a batch (BatchNorm, a penalty on the aggregate posterior)
             sees ``batch_size`` of them.
-        optimizer: parameters -> torch optimizer, default ``Adam(lr=1e-3)``:
+        optimizer: parameters -> torch optimizer, default ``Adam(lr=1e-3, fused=True)``:
             ``functools.partial(torch.optim.SGD, lr=0.1)``.
         scheduler: optimizer -> torch learning-rate scheduler, stepped every step.
         clip: largest norm of the gradient of the loss per row.
@@ -151,7 +157,8 @@ def fit(
             namely those of linear, convolutional, recurrent and attention layers, and all else as in
             ``"full"``: nonlinearities, parameters, optimizer, log densities and their sums, and what
             judges ``valid``. The noise that it adds to a loss is far below that of the draws.
-        compile: level of ``compiled.make_step``.
+        compile: ``"eager"``, ``"traced"``, ``"compiled"`` or ``"auto"``, which compiles if the steps
+            repay it, see ``compiled.make_step``; ``run.level`` says what came of it, and why.
 
         valid: held-out rows. With row weights w, bounds here and in the loss are the sum of w times
             a row's bound, divided by the number of rows.
@@ -223,11 +230,17 @@ def fit(
         parameters, stored = _materialize(loss, first)
         optim = _optimizer(optimizer, parameters)
         schedule = _scheduler(scheduler, optim)
-        step = make_step(loss, parameters, optim, schedule, clip, compile, precision)
+        step = make_step(
+            *(loss, parameters, optim, schedule, clip, compile, precision),
+            steps=_steps(rows, length),
+            other=lambda number: take(data, _spread(number, data)),
+        )
         same = {name: config[name] for name in SAME}
         state = Progress(loss, parameters, stored, optim, schedule, ema, same)
+        bound = partial(monitor.rows, model, guide)
+        judge = Fast(bound, compile, math.ceil(length / len(rows)))
         if valid is not None:  # what the monitor refuses it should refuse now
-            _held_out(monitor, loss, take(valid, slice(0, 2)), batch_size, seed)
+            _held_out(bound, loss, take(valid, slice(0, 2)), batch_size, seed)
         if saved is not None:
             state.load(saved, str(out))
             run.history, run.best = saved["history"], saved["best"]
@@ -240,24 +253,28 @@ def fit(
         since = time.perf_counter() - (run.history[-1]["seconds"] if run.history else 0.0)
         while (state.step < length or state.rows) and not run.stopped:
             epoch = state.step // len(rows)
-            for numbers, batches in islice(rows.steps(state.step), max(0, length - state.step)):
-                try:
-                    with pyro.validation_enabled(False):
-                        state.total = state.total + step(*batches) * len(numbers)
-                except (RuntimeError, ValueError):  # NaN in a parameter is an error to some draws
-                    if state.healthy(state.total):
-                        raise
-                    break
-                state.rows += len(numbers)
-                state.advance()
-                bar.update()
-                if state.step % CHECK_EVERY == 0:
-                    if not state.healthy(state.total):
+            with pyro.validation_enabled(False):
+                for numbers, batches in islice(rows.steps(state.step), max(0, length - state.step)):
+                    try:
+                        loss_now = step(*batches)
+                    except (
+                        RuntimeError,
+                        ValueError,
+                    ):  # NaN in a parameter is an error to some draws
+                        if state.healthy(state.total):
+                            raise
                         break
-                    good = state.snapshot()
-                    bar.set_postfix_str(_postfix(state, run.history), refresh=False)
-                    if folder is not None and folder.due():
-                        folder.save_state(_dump(state, run))
+                    state.total = torch.add(state.total, loss_now, alpha=len(numbers))
+                    state.rows += len(numbers)
+                    state.advance()
+                    bar.update()
+                    if state.step % CHECK_EVERY == 0:
+                        if not state.healthy(state.total):
+                            break
+                        good = state.snapshot()
+                        bar.set_postfix_str(_postfix(state, run.history), refresh=False)
+                        if folder is not None and folder.due():
+                            folder.save_state(_dump(state, run))
             if not state.healthy(state.total):
                 problem = explain(state, good, step, rows, partial(in_precision, precision, place))
                 run.stopped, problem.run = "non-finite", run
@@ -272,14 +289,17 @@ def fit(
                 "lr": float(optim.param_groups[0]["lr"]),
             }
             state.total, state.rows = torch.zeros_like(state.total), 0
+            _tell(run, step, bar)
             with state.averaged():
                 if valid is not None:
-                    record["valid"] = _held_out(monitor, loss, valid, batch_size, seed)
+                    record["valid"] = _held_out(judge, loss, valid, batch_size, seed)
                 run.history.append(record)
                 if _improves(record, run.best):
                     run.best = record
                     state.best = state.parameters_now() if valid is not None else {}
                 run.stopped = _call(callbacks, run, record)
+            if callbacks:
+                step.doubt()
             if not run.stopped and _waited(run, patience):
                 run.stopped = "patience"
             good = state.snapshot()
@@ -361,7 +381,7 @@ def _told(model: Program, data: Batch | Tensor) -> dict[str, Any]:
 
 
 def _optimizer(make: Any, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    make = make or torch.optim.Adam  # lr=1e-3
+    make = make or partial(torch.optim.Adam, lr=1e-3, fused=True)
     optim = make(parameters) if callable(make) else make
     if not callable(make) or not isinstance(optim, torch.optim.Optimizer):
         raise ValueError(
@@ -426,20 +446,45 @@ def _leaves(total: Tensor) -> list[Tensor]:
     return leaves
 
 
+def _steps(rows: Epochs, length: int) -> dict[int, int]:
+    """Rows of a step -> number of such steps in a training."""
+    full = rows.batch_size * rows.accumulate
+    whole, rest = divmod(len(rows.data), full)
+    epochs = math.ceil(length / len(rows))
+    return {full: min(whole * epochs, length), rest: epochs}
+
+
+def _spread(number: int, data: Batch | Tensor) -> Tensor:
+    """Numbers of rows from everywhere in the data."""
+    return torch.arange(number, device=data.device) * len(data) // number
+
+
+def _tell(run: Run, step: Step, bar: Any) -> None:
+    """Say once at which level the steps are taken, and why."""
+    if run.level != (level := f"{step.level}{': ' if step.reason else ''}{step.reason}"):
+        run.config["level"] = level
+        if not bar.disable:
+            bar.write(level, file=sys.stderr)
+
+
 def _dump(state: Progress, run: Run) -> dict[str, Any]:
     """All that ``resume`` needs."""
     return state.dump() | {"history": run.history, "best": run.best}
 
 
 def _held_out(
-    monitor: Objective, loss: ObjectiveModule, valid: Batch | Tensor, batch_size: int, seed: int
+    bound: Callable[[Any], Tensor],
+    loss: ObjectiveModule,
+    valid: Batch | Tensor,
+    batch_size: int,
+    seed: int,
 ) -> float:
     """Mean bound on the validation rows, always with the same draws, row weights as in the loss: nats
     per row."""
     with evaluating(loss), preserved(loss), pyro.validation_enabled(False), torch.no_grad():
         torch.manual_seed(seed)
         parts = torch.arange(len(valid), device=loss.step.device).split(max(batch_size, 500))
-        bounds = [monitor.rows(loss.model, loss.guide, take(valid, rows)) for rows in parts]
+        bounds = [bound(take(valid, rows)) for rows in parts]
     weights = valid.weights if isinstance(valid, Batch) else None
     return float((torch.cat(bounds) * (1.0 if weights is None else weights)).mean())
 

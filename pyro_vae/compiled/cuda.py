@@ -1,0 +1,44 @@
+"""A function of tensors as one CUDA graph: all its kernels for the price of one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Replay"]
+
+WARM_UPS = 3  # libraries set themselves up in the first calls, which a capture can't hold
+
+
+class Replay:
+    """Runs ``function`` again and again at the addresses of one call.
+
+    Capturing it runs it several times; whoever asks for it puts back what that changes.
+
+    Args:
+        function: without a look at values on the host.
+        inputs: of a call; the first ``changing`` are copied in at each call, the rest has to stay
+            where it is and may be changed in place.
+    """
+
+    def __init__(
+        self, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], changing: int
+    ) -> None:
+        self.given = [tensor.detach().clone() for tensor in inputs[:changing]]
+        call = [*self.given, *inputs[changing:]]
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UPS):
+                function(*call)
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.out = function(*call)
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        torch._foreach_copy_(self.given, list(inputs[: len(self.given)]))
+        self.graph.replay()
+        return [tensor.clone() for tensor in self.out]  # the next replay writes over them

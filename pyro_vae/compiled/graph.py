@@ -1,0 +1,164 @@
+"""What a function does with tensors, recorded once as a flat graph and done again without Python."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_vae.objectives.swap import preserved
+
+__all__ = ["Graph", "put_back", "record", "told"]
+
+OURS = Path(__file__).parents[1]
+ELSEWHERE = tuple(
+    str(Path(str(package.__file__)).parent) for package in (torch, pyro)
+)  # whose frames do not say where a user's program is at fault
+
+
+class Graph:
+    """A recorded function of tensors.
+
+    Attributes:
+        module: the operations, first those on the inputs it was recorded with, then on ``held``.
+        held: tensors that the function read without being given them, by reference: what they hold
+            when the graph runs is what counts.
+    """
+
+    def __init__(self, module: fx.GraphModule, held: list[Tensor]) -> None:
+        self.module, self.held = module, held
+
+    def __len__(self) -> int:
+        """Number of operations."""
+        return sum(node.op == "call_function" for node in self.module.graph.nodes)
+
+    def entries(self) -> int:
+        """Numbers that the operations write, all together."""
+        made = [node.meta.get("val") for node in self.module.graph.nodes]
+        return sum(value.numel() for value in made if isinstance(value, Tensor))
+
+    def first(self, outputs: int) -> Graph:
+        """The graph that returns only the first outputs."""
+        graph = fx.Graph()
+        end = graph.graph_copy(self.module.graph, {})
+        graph.output(list(end)[:outputs])  # type: ignore[arg-type]
+        return Graph(fx.GraphModule(self.module, graph), self.held)
+
+    def lowered(self, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+        """The graph as machine code, for inputs of these shapes; a cache on disk keeps it.
+
+        Random numbers are torch's own and come in the order of the program, so that a seed means
+        what it means elsewhere.
+        """
+        from torch import _inductor as inductor
+        from torch._guards import TracingContext, tracing
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        options = {"fallback_random": True, "size_asserts": False}
+        context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))  # the cache asks for one
+        with torch.no_grad(), tracing(context):
+            given: list[Any] = [tensor.detach() for tensor in (*inputs, *self.held)]
+            lowered: Any = inductor.compile(self.module, list(given), options=options)
+        held = self.held
+        if not held:
+            return lowered  # type: ignore[no-any-return]
+        return lambda *tensors: lowered(*tensors, *held)
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        return self.module(*inputs, *self.held)  # type: ignore[no-any-return]
+
+
+def record(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
+    """Run a function once and note what it does.
+
+    Args:
+        function: reads ``inputs``, the very objects, wherever it finds them; may change them in place.
+        inputs: what may be another tensor when the graph runs.
+
+    Raises:
+        ValueError: the shape of a tensor depends on values, which a graph has as a constant.
+        Exception: whatever a function raises that wants to know the value of a tensor.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(pyro.validation_enabled(False))
+        stack.enter_context(enable_python_dispatcher())  # BatchNorm says what it changes
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        module = make_fx(lambda *tensors: list(function()))(*inputs)
+    if found := next(filter(_shaped_by_values, module.graph.nodes), None):
+        raise ValueError(
+            f"the program makes a tensor ({found.target}) whose shape depends on values, as in x[x > 0]"
+        )
+    return _closed(module)
+
+
+def _shaped_by_values(node: fx.Node) -> bool:
+    """Whether the shape of what an operation makes is known from its result alone."""
+    tags: set[torch.Tag] = set(getattr(node.target, "tags", ()))
+    if node.target is torch.ops.aten.index.Tensor:
+        values = [index.meta.get("val") for index in node.args[1] if index is not None]  # type: ignore[union-attr]
+        return any(isinstance(v, Tensor) and v.dtype in (torch.bool, torch.uint8) for v in values)
+    return torch.Tag.dynamic_output_shape in tags
+
+
+def _closed(module: fx.GraphModule) -> Graph:
+    """With the tensors that a function held as further inputs: a constant in a graph is a copy that
+    nobody can change."""
+    graph, held = module.graph, dict[int, tuple[Tensor, fx.Node]]()
+    graph.set_codegen(fx.graph.CodeGen())  # the call takes tensors one by one
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for node in graph.find_nodes(op="get_attr"):
+        value = getattr(module, str(node.target), None)
+        if not isinstance(value, Tensor) or all(map(_is_literal, node.users)):
+            continue
+        if id(value) not in held:
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"held_{len(held)}")
+            held[id(value)] = value, last
+        node.replace_all_uses_with(held[id(value)][1])
+        graph.erase_node(node)
+    module.recompile()
+    return Graph(module, [value for value, _ in held.values()])
+
+
+def _is_literal(user: fx.Node) -> bool:
+    """Whether what a node uses is a number that the program wrote down."""
+    return user.target in (
+        torch.ops.aten.lift_fresh_copy.default,
+        torch.ops.aten.lift_fresh.default,
+    )
+
+
+@contextmanager
+def put_back(tensors: Sequence[Tensor], *modules: nn.Module) -> Iterator[None]:
+    """Undo what the body does to tensors, to buffers of modules and to the random state."""
+    with preserved(*modules), torch.no_grad():
+        kept = [tensor.detach().clone() for tensor in tensors]
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            for tensor, value in zip(tensors, kept, strict=True):
+                tensor.copy_(value)
+
+
+def told(error: BaseException) -> str:
+    """An error as one line, with the place in the user's program that it came from."""
+    text = str(error).strip() or type(error).__name__
+    if "_local_scalar_dense" in text or "DataDependent" in type(error).__name__:
+        text = "the program wants the value of a tensor (.item(), float(), `if tensor`)"
+    line = text.splitlines()[0][:200]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((*ELSEWHERE, str(OURS), "<"))
+    ]
+    return f"{line} at {frames[-1].filename}:{frames[-1].lineno}" if frames else line

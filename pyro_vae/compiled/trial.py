@@ -1,0 +1,103 @@
+"""Does a graph take the steps that the program takes? Asked before it is used."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_vae.compiled import optimizers
+from pyro_vae.compiled.graph import put_back
+from pyro_vae.compiled.ways import Given, Refused, Way
+
+if TYPE_CHECKING:
+    from pyro_vae.compiled.step import Step
+
+__all__ = ["Trial"]
+
+
+class Trial:
+    """Two steps in a row that leave no trace: on other rows, draws, parameters, learning rates and
+    steps of the schedules than those that a graph was recorded with, which it may have as constants.
+    """
+
+    def __init__(self, step: Step, way: Way, batches: list[Given]) -> None:
+        self.bf16 = step.precision != "full"
+        groups = step.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        state = step.state()
+        with put_back(state, step.loss), optimizers.stepping(step.optimizer):
+            try:
+                pyro.set_rng_seed(1)
+                with torch.no_grad():
+                    step.loss.step += 17
+                    for parameter in step.parameters:
+                        parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
+                for group in groups:
+                    group["lr"] = group["lr"] * 0.5
+                buffers = [b for b in step.loss.buffers() if b.is_floating_point()]
+                moving: list[list[Tensor]] = [
+                    [*step.parameters],
+                    state[len(step.parameters) :],
+                    buffers,
+                ]
+                before = [[tensor.detach().clone() for tensor in tensors] for tensors in moving]
+                with pyro.validation_enabled(False):
+                    self.losses = [way(batches)]
+                    self.gradients = {
+                        i: parameter.grad.clone()
+                        for i, parameter in enumerate(step.parameters)
+                        if parameter.grad is not None
+                    }
+                    self.losses.append(way(batches))
+                self.changes = [
+                    [new.detach() - old for new, old in zip(*pair, strict=True)]
+                    for pair in zip(moving, before, strict=True)
+                ]
+            finally:
+                for group, rate in zip(groups, rates, strict=True):
+                    group["lr"] = rate
+                step.optimizer.zero_grad(set_to_none=True)
+
+    def agrees(self, graph: Trial, strictly: bool) -> None:
+        """Compare with the trial of a graph of the same step.
+
+        Args:
+            strictly: it runs the very same operations, up to the optimizer's; machine code has
+                others.
+
+        Raises:
+            Refused: saying what differs.
+        """
+        rounding = 1e-4 if strictly else 1e-2 if self.bf16 else 1e-3
+        for ours, theirs in zip(self.losses, graph.losses, strict=True):
+            if not torch.isclose(ours, theirs, rtol=rounding, atol=rounding, equal_nan=True):
+                raise Refused(
+                    f"the graph's loss is {float(theirs):.6g} where the program's is "
+                    f"{float(ours):.6g}: a number that changes was taken for a constant"
+                )
+        if strictly:
+            total = _norm(list(self.gradients.values()))
+            if self.gradients.keys() != graph.gradients.keys():
+                raise Refused("the graph has the gradients of other parameters than the program")
+            for i, gradient in self.gradients.items():
+                error = _norm([gradient - graph.gradients[i]])
+                if not error <= 1e-4 * _norm([gradient]) + 1e-6 * total:
+                    raise Refused(f"the graph's gradient is off by {error / total:.1g} of its norm")
+        names = ("parameters", "optimizer's state", "buffers")
+        for name, mine, other in zip(names, self.changes, graph.changes, strict=True):
+            error, whole = _norm([a - b for a, b in zip(mine, other, strict=True)]), _norm(mine)
+            # where a gradient is 0 but for rounding, Adam's step has either sign
+            if not error <= (0.2 if self.bf16 else 0.05) * whole:
+                raise Refused(
+                    f"the graph's step changes the {name} otherwise, by {error / whole:.1g} "
+                    "of the change"
+                )
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    norms = [float(tensor.double().square().sum()) for tensor in tensors]
+    return math.sqrt(math.fsum(norms))
