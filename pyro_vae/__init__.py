@@ -1,9 +1,9 @@
 """Variational autoencoders as Pyro programs: any pair, any objective, numbers that can be trusted."""
 
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
-from pyro_vae import conditionals, data, nn, objectives, pairs
+from pyro_vae import objectives
 from pyro_vae.batch import Batch, Observed
 from pyro_vae.evaluation import (
     Evaluation,
@@ -14,11 +14,7 @@ from pyro_vae.evaluation import (
     sample,
     traverse,
 )
-from pyro_vae.linter import check
 from pyro_vae.objectives import Objective, beta_vae, elbo, iwae, mean_field, renyi
-from pyro_vae.reporting.arviz import to_arviz
-from pyro_vae.saved import load
-from pyro_vae.training.compare import Comparison, compare
 from pyro_vae.training.fit import NonFiniteError, Run, fit
 
 __version__ = "0.1.0"
@@ -55,11 +51,34 @@ __all__ = [
     "traverse",
 ]
 
-if TYPE_CHECKING:
+# What a program may do without is imported when it is first asked for.
+_ON_DEMAND = {
+    "Comparison": "pyro_vae.training.compare:Comparison",
+    "check": "pyro_vae.linter:check",
+    "compare": "pyro_vae.training.compare:compare",
+    "conditionals": "pyro_vae.conditionals:",
+    "data": "pyro_vae.data:",
+    "load": "pyro_vae.saved:load",
+    "nn": "pyro_vae.nn:",
+    "pairs": "pyro_vae.pairs:",
+    "plots": "pyro_vae.reporting.plots:",
+    "to_arviz": "pyro_vae.reporting.arviz:to_arviz",
+}
+
+if TYPE_CHECKING:  # the same for those who read and do not run: type checkers, editors, docs
+    from pyro_vae import conditionals, data, nn, pairs
+    from pyro_vae.linter import check
     from pyro_vae.reporting import plots
+    from pyro_vae.reporting.arviz import to_arviz
+    from pyro_vae.saved import load
+    from pyro_vae.training.compare import Comparison, compare
 else:
 
     def __getattr__(name: str) -> Any:
-        if name == "plots":  # on demand, since it imports matplotlib
-            return import_module("pyro_vae.reporting.plots")
+        if name in _ON_DEMAND:
+            return resolve_name(_ON_DEMAND[name])
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

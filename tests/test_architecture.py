@@ -1,13 +1,20 @@
-"""Who may import whom: every module is parsed, and what the table does not allow is an error."""
+"""Who may import whom: every module is parsed, and what the table does not allow is an error.
+
+And what is left for later: parts and packages that are imported when they are first asked for."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import pyro_vae
+from pyro_vae import _ON_DEMAND
 
 ROOT = Path(__file__).parents[1]
 
@@ -180,3 +187,36 @@ def test_permitted_import_passes(tmp_path: Path, file: str, code: str) -> None:
     path.parent.mkdir(parents=True)
     path.write_text(code)
     assert violations(tmp_path) == []
+
+
+# --- what is left for later ---------------------------------------------------------------------
+
+HEAVY = {"arviz", "matplotlib", "pandas", "PIL", "pooch", "pyarrow", "sklearn"}
+PARTS = {home.partition(":")[0] for home in _ON_DEMAND.values()}
+LATER = {"pyro_vae": HEAVY | PARTS | {"concurrent.futures.process", "typer"}, "pyro_vae.cli": HEAVY}
+
+
+@pytest.mark.parametrize("module", LATER)
+def test_import_leaves_for_later(module: str) -> None:
+    code = f"import sys, {module}; print(*{LATER[module]} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def for_type_checkers() -> dict[str, Any]:
+    """What the imports of pyro_vae/__init__.py that do not run would give."""
+    tree = ast.parse(Path(pyro_vae.__file__).read_text(encoding="utf-8"))
+    (guarded,) = [node for node in tree.body if isinstance(node, ast.If)]
+    found: dict[str, Any] = {}
+    exec(compile(ast.Module(guarded.body, []), pyro_vae.__file__, "exec"), found)
+    del found["__builtins__"]
+    return found
+
+
+def test_names_on_demand_are_those_that_type_checkers_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = for_type_checkers()
+    assert set(declared) == set(_ON_DEMAND) <= set(pyro_vae.__all__)
+    for name, value in declared.items():
+        monkeypatch.delitem(vars(pyro_vae), name, raising=False)  # as before the first import
+        assert name in dir(pyro_vae)
+        assert getattr(pyro_vae, name) is value

@@ -14,16 +14,14 @@ import torch
 import typer
 from torch import Tensor
 
-from pyro_vae import data
+from pyro_vae import data, reporting
 from pyro_vae.batch import Batch
 from pyro_vae.cli.options import Device, ImageShape, RunData, RunPair, Seed, Split, app, image_shape
 from pyro_vae.cli.use import Opened
 from pyro_vae.evaluation import paths, predict
 from pyro_vae.evaluation.diagnostics import khat_threshold
 from pyro_vae.evaluation.likelihood import Evaluation
-from pyro_vae.reporting import plots
-from pyro_vae.reporting.images import is_image
-from pyro_vae.reporting.style import FORMATS
+from pyro_vae.reporting import FORMATS
 from pyro_vae.training.fit import Run
 
 __all__ = ["plot"]
@@ -73,7 +71,7 @@ class Subject:
 
     @property
     def is_image(self) -> bool:
-        return is_image(self.rows.shape(self.x)[1:], self.shape)
+        return reporting.images.is_image(self.rows.shape(self.x)[1:], self.shape)
 
     def decode(self, rows: Batch) -> dict[str, Tensor]:
         return predict.reconstruct(self.run.model, self.run.guide, rows, seed=self.seed)
@@ -93,7 +91,7 @@ class Subject:
     # --- figures --------------------------------------------------------------------------------
 
     def training(self) -> Any:
-        return plots.training(self.run.history)
+        return reporting.plots.training(self.run.history)
 
     def samples(self) -> Any:
         number = 64 if self.is_image else ROWS  # expected pixels; draws of a table's columns
@@ -101,18 +99,18 @@ class Subject:
             self.run.model, number, sites=[self.x], mean=self.is_image, seed=self.seed
         )
         observed = self.undone(self.rows[self.x].where(self.rows.mask(self.x), torch.nan))
-        return plots.samples(self.undone(drawn[self.x]), observed, **self.options)
+        return reporting.plots.samples(self.undone(drawn[self.x]), observed, **self.options)
 
     def reconstructions(self) -> Any:
         rows = self.few(20) if self.is_image else self.rows
         decoded = self.undone(self.decode(rows)[self.x])
         originals, seen = self.undone(rows[self.x]), rows.mask(self.x).numpy()
-        return plots.reconstructions(originals, decoded, seen, **self.options)
+        return reporting.plots.reconstructions(originals, decoded, seen, **self.options)
 
     def interpolations(self) -> Any:
         first, second = self.rows.rows(slice(0, 6)), self.rows.rows(slice(6, 12))
         path = paths.interpolate(self.run.model, self.run.guide, first, second, seed=self.seed)
-        return plots.interpolations(self.undone(path[self.x]), image_shape=self.shape)
+        return reporting.plots.interpolations(self.undone(path[self.x]), image_shape=self.shape)
 
     def traversals(self) -> Any:
         rate = self.judged.rate[self.latent].flatten()
@@ -120,7 +118,7 @@ class Subject:
         steps = paths.traverse(
             self.run.model, self.run.guide, self.few(1), dims, latent=self.latent, seed=self.seed
         )
-        return plots.traversals(
+        return reporting.plots.traversals(
             self.undone(steps[self.x][0]),
             rate=rate[dims].numpy(),
             dims=dims,
@@ -131,20 +129,20 @@ class Subject:
     def latent_map(self) -> Any:
         means, name = self.codes[self.latent].flatten(1).numpy(), self.label
         if name is None:
-            return plots.latent_map(means, latent=self.latent)
+            return reporting.plots.latent_map(means, latent=self.latent)
         labels = self.rows if name in self.rows else self.opened.label(name).rows(self.split)
         labels = labels.rows(slice(0, len(means)))
         known = labels.mask(name).numpy()
         colours = labels[name].numpy() if known.all() else np.where(known, labels[name], np.nan)
-        return plots.latent_map(means, colours, latent=self.latent, label=name)
+        return reporting.plots.latent_map(means, colours, latent=self.latent, label=name)
 
     def rates(self) -> Any:
         rate, active = self.judged.rate[self.latent], self.judged.active.get(self.latent)
-        return plots.rates(rate, active, latent=self.latent)
+        return reporting.plots.rates(rate, active, latent=self.latent)
 
     def weights(self) -> Any:
         khat, threshold = self.judged.khat.numpy(), khat_threshold(PARTICLES)
-        return plots.weights(khat, threshold, num_particles=PARTICLES)
+        return reporting.plots.weights(khat, threshold, num_particles=PARTICLES)
 
 
 PIXELS = ("interpolations", "traversals")  # what tables have no figure of
@@ -194,7 +192,7 @@ def plot(
         if kind:
             raise ValueError(f"--kind: {folder} is a comparison, which has one figure")
         records = json.loads((folder / "comparison.json").read_text())["objectives"]
-        figures["comparison"] = plots.comparison(records)
+        figures["comparison"] = reporting.plots.comparison(records)
     else:
         if unknown := set(kind or ()) - set(KINDS):
             raise ValueError(f"--kind: came {sorted(unknown)}, wanted some of {list(KINDS)}")
@@ -211,5 +209,5 @@ def plot(
     place = out or folder / "figures"
     place.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        plots.save(figure, place / f"{name}.{format}")
+        reporting.plots.save(figure, place / f"{name}.{format}")
         typer.echo(place / f"{name}.{format}")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from torch import Tensor
 
-from pyro_vae import data
+from pyro_vae import data, reporting
 from pyro_vae.batch import Batch
 from pyro_vae.cli.options import (
     Device,
@@ -33,9 +33,8 @@ from pyro_vae.cli.options import (
 from pyro_vae.cli.source import Source, check_alike
 from pyro_vae.evaluation import predict
 from pyro_vae.files import replacing
-from pyro_vae.reporting import plots, tables
+from pyro_vae.reporting import FORMATS, tables
 from pyro_vae.reporting.arviz import to_arviz
-from pyro_vae.reporting.style import FORMATS
 from pyro_vae.saved import changed, load
 from pyro_vae.training.fit import Run
 from pyro_vae.training.runs import Folder
@@ -145,7 +144,7 @@ class Opened:
         if not raw:
             arrays = {name: data.undo(record, name, value) for name, value in arrays.items()}
         if out.suffix in FORMATS:
-            plots.save(_picture(arrays, originals, record, shape, raw), out)
+            reporting.plots.save(_picture(arrays, originals, record, shape, raw), out)
         else:
             columns = record.get("columns") or {}
             tables.write(out, {name: value.numpy() for name, value in arrays.items()}, columns)
@@ -334,8 +333,8 @@ def _picture(
         "names": record.get("columns", {}).get(site),
     }
     if originals is None:
-        return plots.samples(arrays[site].numpy(), **options)
+        return reporting.plots.samples(arrays[site].numpy(), **options)
     data_values = originals[site] if raw else data.undo(record, site, originals[site])
-    return plots.reconstructions(
+    return reporting.plots.reconstructions(
         data_values.numpy(), arrays[site].numpy(), originals.mask(site).numpy(), **options
     )

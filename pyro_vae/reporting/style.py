@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_vae.files import replacing
+from pyro_vae.reporting import FORMATS
 
 __all__ = [
     "ACCENT",
@@ -40,7 +41,6 @@ Array = NDArray[Any]
 # Okabe and Ito (2008), which the colour-blind can tell apart; without yellow, too pale on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 ACCENT, GREY = COLOURS[1], "#767676"
-FORMATS = (".png", ".svg", ".pdf")
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": GREY,

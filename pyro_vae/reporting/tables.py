@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from pyro_vae.files import replacing
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["columns", "write"]
 
@@ -42,6 +44,8 @@ def write(
 
 def columns(arrays: Arrays, names: Mapping[str, Sequence[str]] | None = None) -> pd.DataFrame:
     """A column for every entry of the arrays ``[N, *event]``: ``z_0, z_1``, ``x_0_0``, or as named."""
+    import pandas as pd  # here, since it takes a while to import
+
     table: dict[str, NDArray[Any]] = {}
     for name, array in arrays.items():
         given = (names or {}).get(name, ())
