@@ -157,6 +157,7 @@ def test_batches_are_the_rows_taken_one_by_one(
 ):
     """To the bit, and with the random state as it is then at every step."""
     monkeypatch.setattr(module, "TOGETHER", together)
+    monkeypatch.setattr(module, "worthwhile", lambda device: True)
     data = data_of(kind, tmp_path / "data")
     for batch_size, accumulate, start in ((4, 1, 0), (4, 1, 8), (3, 2, 5), (23, 1, 1), (30, 2, 0)):
         found: list[Any] = []
@@ -203,7 +204,16 @@ def threads() -> list[str]:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one step, and a core for the thread."""
     monkeypatch.setattr(module, "TOGETHER", 1)
+    monkeypatch.setattr(module, "worthwhile", lambda device: True)
+
+
+def test_no_thread_without_a_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "worthwhile", lambda device: False)
+    steps = Epochs(data_of("mapped", tmp_path / "data"), 4).steps(0)
+    next(steps)
+    assert threads() == []
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.batch import Batch
-from pyro_vae.training.prefetch import AHEAD, placed, prefetched
+from pyro_vae.training.prefetch import AHEAD, placed, prefetched, worthwhile
 
 CPU = torch.device("cpu")
 
@@ -81,6 +81,18 @@ def test_it_goes_on_while_one_is_used():
     with prefetched(make, range(3), CPU) as made:
         next(made)
         assert ready.wait(10)
+
+
+def test_a_core_that_torch_leaves(monkeypatch: pytest.MonkeyPatch):
+    """On a CPU; elsewhere torch needs none of them."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 5, 6}, raising=False)
+    for used, left in ((1, True), (3, True), (4, False), (8, False)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda used=used: used)
+        assert worthwhile(CPU) == left
+        assert worthwhile(torch.device("cuda"))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 9)
+    assert worthwhile(CPU)
 
 
 class OddError(Exception):

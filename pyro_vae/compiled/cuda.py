@@ -18,7 +18,7 @@ class Replay:
     Capturing it runs it several times; whoever asks for it puts back what that changes.
 
     Args:
-        function: without a look at values on the host.
+        function: without gradient, and without a look at values on the host.
         inputs: of a call; the first ``changing`` are copied in at each call, the rest has to stay
             where it is and may be changed in place.
     """
@@ -27,16 +27,18 @@ class Replay:
         self, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], changing: int
     ) -> None:
         self.given = [tensor.detach().clone() for tensor in inputs[:changing]]
-        call = [*self.given, *inputs[changing:]]
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UPS):
-                function(*call)
-        torch.cuda.current_stream().wait_stream(aside)
+        call = [*self.given, *(tensor.detach() for tensor in inputs[changing:])]
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.out = function(*call)
+        with torch.no_grad():
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UPS):
+                    function(*call)
+            torch.cuda.current_stream().wait_stream(aside)
+            # a thread that makes batches ready may ask CUDA for memory meanwhile
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.out = function(*call)
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         torch._foreach_copy_(self.given, list(inputs[: len(self.given)]))

@@ -128,7 +128,7 @@ class Step:
             except Exception as error:  # of the compiler, or that there is none
                 why = told(error)
                 break
-            return self._settled(key, way, why)
+            return self._settled(key, way, "; ".join(filter(None, (why, way.note))))
         try:  # what is left when a graph does not compile
             way = Gradients(self, batches)
             expected.agrees(Trial(self, way, others), strictly=True)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 from pyro_vae.batch import Batch, flatten
 from pyro_vae.compiled import optimizers
 from pyro_vae.compiled.cuda import Replay
-from pyro_vae.compiled.graph import Graph, put_back, record
+from pyro_vae.compiled.graph import Graph, put_back, record, told
 from pyro_vae.compiled.precision import in_precision
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Eager:
 class Gradients(Eager):
     """Loss and gradients by a graph; clipping and optimizer as they are written."""
 
-    level = "traced"
+    level, note = "traced", ""
 
     def __init__(self, step: Step, batches: Sequence[Given]) -> None:
         super().__init__(step)
@@ -132,7 +132,7 @@ class Gradients(Eager):
 class Whole:
     """The whole step, the optimizer's included, by one graph."""
 
-    level = "traced"
+    level, note = "traced", ""
 
     def __init__(self, step: Step, batches: Sequence[Given]) -> None:
         _check(step)
@@ -201,7 +201,10 @@ class Whole:
         if self.level == "compiled" and self.step.loss.step.is_cuda:
             with put_back(self.step.state(), self.step.loss):
                 inputs = [*one.leaves, *self.inputs]
-                self.run = Replay(self.lowered, inputs, len(one.leaves))
+                try:
+                    self.run = Replay(self.lowered, inputs, len(one.leaves))
+                except RuntimeError as error:  # something in it waits for the host
+                    self.run, self.note = self.lowered, f"no CUDA graph: {told(error)}"
 
 
 def _check(step: Step) -> None:

@@ -25,7 +25,9 @@ BINARIZE = {  # what is asked for, in words
 
 
 def _binarize(pixels: Tensor, dtype: torch.dtype, draw: Callable[[], Tensor]) -> Tensor:
-    return (draw() < pixels.float() / 255).to(dtype)  # compared in float32: the same in every dtype
+    # compared in float32: the same in every dtype; and CUDA would multiply by the inverse of a number
+    levels = torch.full((), 255.0, device=pixels.device, dtype=torch.float32)
+    return (draw() < pixels.float() / levels).to(dtype)
 
 
 def _threshold(pixels: Tensor, dtype: torch.dtype, draw: Callable[[], Tensor]) -> Tensor:

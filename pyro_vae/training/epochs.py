@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.batch import Batch, ahead, sent, take, tensors
-from pyro_vae.training.prefetch import prefetched
+from pyro_vae.training.prefetch import prefetched, worthwhile
 
 __all__ = ["Epochs", "order"]
 
@@ -24,9 +24,9 @@ TOGETHER = 1 << 22  # bytes of the rows that are gathered at a time; more leave 
 class Epochs:
     """Training rows, shuffled anew in every epoch and cut into steps; the odd rest is a step too.
 
-    Rows are gathered in blocks of several steps, of which batches are views. Rows that are read from
-    files, or are not on the device, are gathered by a thread ahead of their turn. Neither changes what
-    a batch holds: draws that are made anew are made step by step.
+    Rows are gathered in blocks of several steps, of which batches are views. Those that are read from
+    files, or are not on the device, are gathered by a thread ahead of their turn, where that helps.
+    Neither changes what a batch holds: draws that are made anew are made step by step.
 
     Attributes:
         data: training rows.
@@ -56,9 +56,10 @@ class Epochs:
         numbers = (shuffled if away else shuffled.to(device))[offset * self._step :]
         blocks = numbers.split(self._together)
         gather = partial(_gather, data, device)
-        made = prefetched(gather, blocks, device) if away else nullcontext(map(gather, blocks))
-        with made as gathered:
-            for block in gathered:
+        in_turn = nullcontext(map(gather, blocks))
+        soon = away and worthwhile(device)
+        with prefetched(gather, blocks, device) if soon else in_turn as made:
+            for block in made:
                 yield from self._cut(*block)
 
     def _cut(self, numbers: Tensor, rows: Any) -> Iterator[tuple[Tensor, list[Any]]]:

@@ -28,6 +28,7 @@ from pyro_vae.objectives.support import check_data
 from pyro_vae.objectives.swap import evaluating, own_parameters, owner, preserved
 from pyro_vae.training.epochs import Epochs
 from pyro_vae.training.nonfinite import NonFiniteError, explain
+from pyro_vae.training.prefetch import placed
 from pyro_vae.training.progress import Progress
 from pyro_vae.training.runs import Folder
 
@@ -36,6 +37,7 @@ __all__ = ["NonFiniteError", "Run", "device_for", "fit"]
 Program = Callable[..., Any]
 Callback = Callable[["Run", dict[str, float]], None]
 CHECK_EVERY = 100  # steps between looks at the loss, each of which waits for the device
+LOOK = 10_000  # rows of a data set that is larger than the device
 SAME = ("seed", "rows", "batch_size", "accumulate", "precision", "ema")  # in a run that goes on
 
 
@@ -197,9 +199,9 @@ def fit(
     if folder is not None and not resume:
         folder.claim()
 
-    data = data.to(place)
+    data = placed(data, place)
     valid = None if valid is None else still(valid).to(place)
-    rows = Epochs(data, batch_size, accumulate, seed)
+    rows = Epochs(data, batch_size, accumulate, seed, place)
     length = steps or (epochs or 0) * len(rows)
     loss = objective(model, guide).to(place)
     loss.train()
@@ -221,9 +223,11 @@ def fit(
     attempt = nullcontext() if folder is None else folder.attempt()
     with attempt, bar, own_parameters(model, guide), torch.random.fork_rng():
         torch.manual_seed(seed)
-        first = take(data, slice(0, batch_size))
+        first = take(data, slice(0, batch_size)).to(place)
         plan = objective.plan(model, guide, (first,), {})
         seen = data.look() if isinstance(data, Batch) else data
+        if seen.device != place:  # what stays on the host is looked at in part
+            seen = take(seen, slice(0, LOOK)).to(place)
         for part in (seen, valid.look() if isinstance(valid, Batch) else valid):
             check_data(plan.supports, part)
         run.notes = plan.notes
@@ -233,7 +237,7 @@ def fit(
         step = make_step(
             *(loss, parameters, optim, schedule, clip, compile, precision),
             steps=_steps(rows, length),
-            other=lambda number: take(data, _spread(number, data)),
+            other=lambda number: take(data, _spread(number, data)).to(place),
         )
         same = {name: config[name] for name in SAME}
         state = Progress(loss, parameters, stored, optim, schedule, ema, same)

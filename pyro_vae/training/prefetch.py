@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from pyro_vae.batch import Batch, tensors
 
-__all__ = ["placed", "prefetched"]
+__all__ = ["placed", "prefetched", "worthwhile"]
 
 AHEAD = 2  # blocks that are ready or being made while another one is used
 SHARE = 0.5  # of a device's free memory that data may take
@@ -28,6 +29,14 @@ def placed(data: Batch | Tensor, device: torch.device) -> Any:
         if sum(tensor.nbytes for tensor in tensors(data)) > SHARE * free:
             return data
     return data.to(device)
+
+
+def worthwhile(device: torch.device) -> bool:
+    """Whether a thread helps: where the training is on an accelerator, or torch leaves a core of the
+    CPU to others. Where it does not, its loops would wait for the thread."""
+    usable = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    cores = len(usable(0)) if usable else os.cpu_count() or 1
+    return device.type != "cpu" or torch.get_num_threads() < cores
 
 
 @contextmanager
