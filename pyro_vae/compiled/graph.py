@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_vae.compiled.products import by_onednn, onednn_is_faster
 from pyro_vae.objectives.swap import preserved
 
 __all__ = ["Graph", "put_back", "record", "told"]
@@ -67,7 +68,8 @@ class Graph:
         context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))  # the cache asks for one
         with torch.no_grad(), tracing(context):
             given: list[Any] = [tensor.detach() for tensor in (*inputs, *self.held)]
-            lowered: Any = inductor.compile(self.module, list(given), options=options)
+            module = by_onednn(self.module) if onednn_is_faster() else self.module
+            lowered: Any = inductor.compile(module, list(given), options=options)
         held = self.held
         if not held:
             return lowered  # type: ignore[no-any-return]
