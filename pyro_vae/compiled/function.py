@@ -8,10 +8,9 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from pyro_vae.compiled.graph import Graph, put_back, record, told
-from pyro_vae.compiled.ways import Given, Refused, given
+from pyro_vae.compiled.ways import Given, Refused, copied, given, turned
 from pyro_vae.compiled.worth import check_level, not_worth
 
 __all__ = ["Fast"]
@@ -64,7 +63,8 @@ class Fast:
             return self._eager
         try:
             with put_back([]), torch.no_grad():
-                graph = record(lambda: [self.function(one.batch)], one.leaves)
+                fresh = copied(one)
+                graph = record(lambda: [self.function(fresh.batch)], fresh.leaves)
             run = self._accepted(one, graph)
         except Exception as error:  # whatever a program does that a graph can't hold
             self.reason = told(error)
@@ -83,7 +83,7 @@ class Fast:
     def _accepted(self, one: Given, graph: Graph | Callable[..., Any]) -> Run:
         """The graph as a run, if it has the function's numbers on rows in another order, with other
         draws: a number that is no tensor would be a constant in it."""
-        turned = given(tree_map_only(Tensor, lambda tensor: tensor.flip(0), one.batch))
+        other = turned(one)
 
         def run(one: Given) -> Tensor:
             return graph(*one.leaves)[0]
@@ -91,7 +91,7 @@ class Fast:
         def value(way: Run) -> Tensor:
             with put_back([]), torch.no_grad():
                 pyro.set_rng_seed(1)
-                return way(turned)
+                return way(other)
 
         ours, theirs = value(self._eager), value(run)
         if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3, equal_nan=True):

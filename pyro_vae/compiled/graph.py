@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_vae.compiled.attributes import Attributes
 from pyro_vae.compiled.products import by_onednn, onednn_is_faster
 from pyro_vae.objectives.swap import preserved
 
@@ -141,13 +142,15 @@ def _is_literal(user: fx.Node) -> bool:
 
 @contextmanager
 def put_back(tensors: Sequence[Tensor], *modules: nn.Module) -> Iterator[None]:
-    """Undo what the body does to tensors, to buffers of modules and to the random state."""
+    """Undo what the body does to tensors, to attributes and buffers of modules, to the random state."""
+    attributes = Attributes(*modules)
     with preserved(*modules), torch.no_grad():
         kept = [tensor.detach().clone() for tensor in tensors]
         try:
             with torch.enable_grad():
                 yield
         finally:
+            attributes.put_back()
             for tensor, value in zip(tensors, kept, strict=True):
                 tensor.copy_(value)
 

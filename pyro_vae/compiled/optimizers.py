@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["numbers", "rates", "refusal", "state_tensors", "stepping", "take"]
+__all__ = ["evaluates", "numbers", "rates", "refusal", "state_tensors", "stepping", "take"]
 
 # What says how torch's optimizers compute, not what; and what a graph takes as tensors.
 NO_CONSTANTS = ("capturable", "foreach", "fused", "params", "lr", "initial_lr")
@@ -19,7 +21,7 @@ NO_CONSTANTS = ("capturable", "foreach", "fused", "params", "lr", "initial_lr")
 def refusal(optimizer: Optimizer) -> str:
     """Why a graph can't hold an optimizer's step; empty if nothing is known against it."""
     name = type(optimizer).__name__
-    if isinstance(optimizer, torch.optim.LBFGS):
+    if evaluates(optimizer):
         return f"{name} evaluates the loss several times a step"
     hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     return f"{name} has hooks on its step" if any(hooks) else ""
@@ -39,18 +41,32 @@ def numbers(optimizer: Optimizer) -> list[dict[str, Any]]:
     ]
 
 
+def evaluates(optimizer: Optimizer) -> bool:
+    """Whether an optimizer's step evaluates the loss itself, as LBFGS does."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
 @contextmanager
 def stepping(optimizer: Optimizer) -> Iterator[None]:
-    """Undo what steps do to entries of an optimizer's state that are no tensors, or are new."""
-    kept = {parameter: dict(state) for parameter, state in optimizer.state.items()}
+    """Undo what steps do to an optimizer, but for what they write into tensors."""
+
+    def copied(value: Any) -> Any:
+        return value if isinstance(value, Tensor) else copy.deepcopy(value)
+
+    states = {p: {name: copied(v) for name, v in s.items()} for p, s in optimizer.state.items()}
+    groups = [dict(group) for group in optimizer.param_groups]
+    held, state, param_groups = dict(vars(optimizer)), optimizer.state, optimizer.param_groups
     try:
         yield
     finally:
-        for parameter in list(optimizer.state):
-            if parameter in kept:
-                optimizer.state[parameter] = kept[parameter]
-            else:
-                del optimizer.state[parameter]
+        vars(optimizer).clear()
+        vars(optimizer).update(held)
+        state.clear()
+        state.update(states)
+        for group, old in zip(param_groups, groups, strict=True):
+            group.clear()
+            group.update(old)
 
 
 def rates(optimizer: Optimizer) -> list[Tensor]:

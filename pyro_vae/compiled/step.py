@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from pyro_vae.compiled import optimizers
 from pyro_vae.compiled.graph import Graph, put_back, told
 from pyro_vae.compiled.precision import PRECISIONS
-from pyro_vae.compiled.trial import Trial
-from pyro_vae.compiled.ways import Eager, Given, Gradients, Refused, Way, Whole, given
+from pyro_vae.compiled.trial import SHAKE, Trial
+from pyro_vae.compiled.ways import Eager, Given, Gradients, Refused, Way, Whole, given, turned
 from pyro_vae.compiled.worth import check_level, not_worth
 from pyro_vae.objectives.objective import ObjectiveModule
 
@@ -44,6 +44,7 @@ class Step:
         self.steps, self.other = steps, other
         self.level, self.reason = "eager", ""
         self._eager = Eager(self)
+        self._parts = list(loss.modules())
         self._ways: dict[Any, Way] = {}
         self._seen: dict[Any, list[Given]] = {}
         self._doubted: set[Any] = set()
@@ -55,7 +56,8 @@ class Step:
     def __call__(self, *batches: Any) -> Tensor:
         every = [given(batch) for batch in batches]
         trained = [parameter.requires_grad for parameter in self.parameters]
-        key = (self.loss.training, *[one.key for one in every], *trained)
+        modes = [part.training for part in self._parts]
+        key = (*[one.key for one in every], *trained, *modes)
         way = self._ways.get(key) or self._prepared(key, every)
         if key in self._doubted:
             way = self._checked(key, way, every)
@@ -91,6 +93,12 @@ class Step:
             others = self._seen.setdefault(key, batches)
             if others is batches:
                 return self._eager
+            if all(
+                torch.equal(*pair)
+                for a, b in zip(others, batches, strict=True)
+                for pair in zip(a.leaves, b.leaves, strict=True)
+            ):
+                others = [turned(one) for one in batches]
         else:
             with put_back([], self.loss):
                 others = [given(self.other(length)) for length in lengths]
@@ -107,13 +115,20 @@ class Step:
         self, key: Any, batches: list[Given], others: list[Given], coming: float | None
     ) -> Way:
         """The first way that works out and takes the steps that eager takes."""
-        expected = Trial(self, self._eager, others)
-        why = ""
+        why, shake = "", SHAKE
+        try:
+            try:
+                expected = Trial(self, self._eager, others, shake)
+            except Exception:  # parameters beside its own may be none to a program
+                shake = 0.0
+                expected = Trial(self, self._eager, others, shake)
+        except Exception as error:
+            return self._settled(key, self._eager, told(error))
         kinds: tuple[type[Whole | Gradients], ...] = (Whole, Gradients)
         for kind in kinds if self.asked != "traced" else (Gradients,):
             try:
                 way = kind(self, batches)
-                expected.agrees(Trial(self, way, others), strictly=True)
+                expected.agrees(Trial(self, way, others, shake), strictly=True)
             except Exception as error:  # whatever a program does that a graph can't hold
                 why = told(error)
                 continue
@@ -124,14 +139,14 @@ class Step:
             try:
                 with put_back(self.state(), self.loss):
                     way.lower(batches)
-                expected.agrees(Trial(self, way, others), strictly=False)
+                expected.agrees(Trial(self, way, others, shake), strictly=False)
             except Exception as error:  # of the compiler, or that there is none
                 why = told(error)
                 break
             return self._settled(key, way, "; ".join(filter(None, (why, way.note))))
         try:  # what is left when a graph does not compile
             way = Gradients(self, batches)
-            expected.agrees(Trial(self, way, others), strictly=True)
+            expected.agrees(Trial(self, way, others, shake), strictly=True)
         except Exception as error:
             return self._settled(key, self._eager, why or told(error))
         return self._settled(key, way, why)
@@ -156,6 +171,10 @@ class Step:
     def _checked(self, key: Any, way: Way, batches: list[Given]) -> Way:
         self._doubted.discard(key)
         try:
+            assert isinstance(way, Whole | Gradients)
+            held = [tensor for graph in way.recorded() for tensor in graph.held]
+            if why := way.attributes.unsteady(held):
+                raise Refused(why)
             Trial(self, self._eager, batches).agrees(Trial(self, way, batches), strictly=False)
         except Refused as refused:
             return self._settled(key, self._eager, f"the pair is not what its graph was: {refused}")

@@ -16,7 +16,9 @@ from pyro_vae.compiled.ways import Given, Refused, Way
 if TYPE_CHECKING:
     from pyro_vae.compiled.step import Step
 
-__all__ = ["Trial"]
+__all__ = ["SHAKE", "Trial"]
+
+SHAKE = 0.05  # of parameters, relative
 
 
 class Trial:
@@ -24,7 +26,7 @@ class Trial:
     steps of the schedules than those that a graph was recorded with, which it may have as constants.
     """
 
-    def __init__(self, step: Step, way: Way, batches: list[Given]) -> None:
+    def __init__(self, step: Step, way: Way, batches: list[Given], shake: float = SHAKE) -> None:
         self.bf16 = step.precision != "full"
         groups = step.optimizer.param_groups
         rates = [group["lr"] for group in groups]
@@ -35,7 +37,7 @@ class Trial:
                 with torch.no_grad():
                     step.loss.step += 17
                     for parameter in step.parameters:
-                        parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
+                        parameter.mul_(1 + shake * torch.randn_like(parameter))
                 for group in groups:
                     group["lr"] = group["lr"] * 0.5
                 buffers = [b for b in step.loss.buffers() if b.is_floating_point()]

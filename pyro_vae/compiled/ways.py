@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from pyro_vae.batch import Batch, flatten
 from pyro_vae.compiled import optimizers
+from pyro_vae.compiled.attributes import Attributes
 from pyro_vae.compiled.cuda import Replay
 from pyro_vae.compiled.graph import Graph, put_back, record, told
 from pyro_vae.compiled.precision import in_precision
@@ -18,7 +19,7 @@ from pyro_vae.compiled.precision import in_precision
 if TYPE_CHECKING:
     from pyro_vae.compiled.step import Step
 
-__all__ = ["Eager", "Given", "Gradients", "Refused", "Way", "Whole", "given"]
+__all__ = ["Eager", "Given", "Gradients", "Refused", "Way", "Whole", "copied", "given", "turned"]
 
 
 Way = Callable[[Sequence["Given"]], Tensor]
@@ -44,6 +45,21 @@ def given(batch: Any) -> Given:
     return Given(batch, leaves, (spec, *[(leaf.shape, leaf.dtype) for leaf in leaves]))
 
 
+def copied(one: Given) -> Given:
+    """Tensors of its own for each site: where two sites have one, a graph can't tell them apart."""
+    return given(tree_map_only(Tensor, Tensor.clone, one.batch))
+
+
+def turned(one: Given) -> Given:
+    """Other rows than these, made of them: every second one twice, in the opposite order."""
+
+    def other(tensor: Tensor) -> Tensor:
+        rows = torch.arange(len(tensor), device=tensor.device)
+        return tensor[rows.flip(0) // 2 * 2]
+
+    return given(tree_map_only(Tensor, other, one.batch))
+
+
 class Eager:
     """The step as it is written: loss, backward, clipping, optimizer."""
 
@@ -57,7 +73,8 @@ class Eager:
         losses: list[Tensor] = []
 
         def closure() -> Any:  # LBFGS calls it several times
-            step.optimizer.zero_grad(set_to_none=True)
+            for parameter in step.parameters:
+                parameter.grad = None
             value = torch.zeros((), device=now.device)
             for one in batches:
                 loss.step.copy_(now)  # schedules count optimizer steps
@@ -67,7 +84,12 @@ class Eager:
             losses.append(value)
             return value
 
-        step.optimizer.step(closure)
+        if optimizers.evaluates(step.optimizer):
+            step.optimizer.step(closure)
+        else:
+            with torch.enable_grad():
+                closure()
+            step.optimizer.step()
         return losses[0]
 
     def gradients(self, one: Given, share: float) -> Tensor:
@@ -98,9 +120,10 @@ class Gradients(Eager):
         for one in {one.key: one for one in batches}.values():
             self.graphs[one.key] = self._recorded(one)
         self.runs: dict[Any, Callable[..., Sequence[Tensor]]] = dict(self.graphs)
+        self.attributes = Attributes(step.loss)
 
     def _recorded(self, one: Given) -> Graph:
-        parameters = self.step.parameters
+        parameters, one = self.step.parameters, copied(one)
 
         def gradients() -> list[Tensor]:
             per_row, found = loss_and_gradients(self.step, one.batch)
@@ -108,8 +131,7 @@ class Gradients(Eager):
             self.trained[one.key] = [parameter for parameter, _ in pairs]
             return [per_row, *(gradient for _, gradient in pairs)]
 
-        with put_back(self.step.state(), self.step.loss):
-            return record(gradients, [*one.leaves, *parameters])
+        return _recorded(self.step, gradients, [*one.leaves, *parameters])
 
     def recorded(self) -> list[Graph]:
         return list(self.graphs.values())
@@ -146,9 +168,11 @@ class Whole:
         self.graph = self._recorded(batches[0])
         self.run: Callable[..., Sequence[Tensor]] = self.graph
         self.bound: Any = None
+        self.attributes = Attributes(step.loss)
 
     def _recorded(self, one: Given) -> Graph:
         step, optimizer = self.step, self.step.optimizer
+        one = copied(one)
 
         def whole() -> list[Tensor]:
             per_row, found = loss_and_gradients(step, one.batch)
@@ -162,8 +186,8 @@ class Whole:
             optimizer.zero_grad(set_to_none=True)
             return [per_row, *gradients]
 
-        with put_back(step.state(), step.loss), optimizers.stepping(optimizer):
-            return record(whole, [*one.leaves, *self._fixed()])
+        with optimizers.stepping(optimizer):
+            return _recorded(step, whole, [*one.leaves, *self._fixed()])
 
     def _fixed(self) -> list[Tensor]:
         """What stays where it is from step to step."""
@@ -210,6 +234,22 @@ class Whole:
 def _check(step: Step) -> None:
     if step.loss.elbo.recomputes:
         raise Refused("backward makes chunks of particles again, which a graph would not")
+    if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in step.parameters):
+        raise Refused("a parameter has hooks on its gradient that a graph would not run")
+
+
+def _recorded(step: Step, function: Callable[[], list[Tensor]], inputs: list[Tensor]) -> Graph:
+    """A graph of a part of the step, without a trace of it.
+
+    Raises:
+        Refused: the program sets attributes as it runs.
+    """
+    before = Attributes(step.loss)
+    with put_back(step.state(), step.loss):
+        graph = record(function, inputs)
+        if why := before.unsteady(graph.held):
+            raise Refused(why)
+    return graph
 
 
 def loss_and_gradients(step: Step, batch: Any) -> tuple[Tensor, list[Tensor | None]]:
