@@ -4,7 +4,7 @@ STAMP := .venv/.installed
 # One thread per process: the tests run in two, and threads that compete are slower than none.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: .venv demo test lint gate bench docs clean
+.PHONY: .venv demo test lint gate bench speed docs clean
 
 .venv: $(STAMP)
 
@@ -41,6 +41,11 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.gradients
 	$(BIN)/python -m benchmarks.interrupted
 	$(BIN)/python -m benchmarks.memory
+
+# Beside NumPyro, which nothing else needs. A few hours; wants a quiet machine.
+speed: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.speed
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -12,7 +12,7 @@ import torch
 
 from pyro_vae.training.runs import versions
 
-__all__ = ["machine", "write"]
+__all__ = ["RESULTS", "machine", "write"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -28,13 +28,25 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu, "threads": torch.get_num_threads(), "gpu": gpu} | versions()
 
 
-def write(name: str, settings: dict[str, Any], records: Any, table: str) -> None:
-    """``results/NAME.json`` and ``results/NAME.txt``; the table is printed too."""
-    RESULTS.mkdir(exist_ok=True)
-    about = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "settings": settings}
+def write(
+    name: str,
+    settings: dict[str, Any],
+    records: Any,
+    table: str,
+    folder: Path = RESULTS,
+    show: bool = True,
+) -> None:
+    """``NAME.json`` and ``NAME.txt`` in the folder; the table is printed too, or not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "settings": settings,
+    }
     report = json.dumps({**about, "records": records}, indent=2)
-    (RESULTS / f"{name}.json").write_text(report + "\n")
+    (folder / f"{name}.json").write_text(report + "\n")
     shown = ", ".join(f"{key} {value}" for key, value in {**about["machine"], **settings}.items())
     text = f"{table}\n\n{about['date']}; {shown}\n"
-    (RESULTS / f"{name}.txt").write_text(text)
-    print(text)
+    (folder / f"{name}.txt").write_text(text)
+    if show:
+        print(text)

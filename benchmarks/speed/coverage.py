@@ -1,0 +1,222 @@
+"""How many pairs and objectives run at the level ``"compiled"``, and why the others do not."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+import pyro_vae as pv
+from benchmarks.speed.options import Options, Record, Results
+from benchmarks.speed.process import Failed, Worker, cores, one_line
+from pyro_vae import conditionals, pairs
+from pyro_vae.compiled import make_step
+from pyro_vae.nn import conv_resnet, convolutional, dense_resnet
+from pyro_vae.objectives.recipes import arguments, parse, recipes
+from tests.small_pairs import PAIRS as SMALL
+from tests.small_pairs import data as small_data
+
+__all__ = ["coverage", "objectives", "programs", "table"]
+
+ESTIMATORS = ("pathwise", "stl", "dreg", "score")
+GIVEN = {"num_particles": "3", "alpha": "0.5", "beta": "2.0"}  # to recipes that want them
+FURTHER = (  # what an argument changes in the graph
+    "iwae:num_particles=6,chunk=3",
+    "renyi:alpha=-inf,num_particles=3",
+    "beta_vae:beta=linear(100)",
+    "beta_vae:beta=2.0,analytic=True",
+)
+LEVELS = ("compiled", "traced", "eager")
+PATIENCE = 600.0  # seconds for one combination
+
+ROWS, BATCH = 64, 32
+Program = tuple[Any, Any, Any]  # model, guide, data
+
+
+def objectives() -> list[str]:
+    """Every recipe with every estimator, as specs; those that are refused too."""
+    found = []
+    for name, recipe in recipes().items():
+        known = arguments(recipe)
+        needed = [f"{key}={value}" for key, value in GIVEN.items() if key in known]
+        for estimator in ESTIMATORS if "estimator" in known else (None,):
+            parts = [*needed, *([f"estimator={estimator}"] if estimator else [])]
+            found.append(name + (":" + ",".join(parts) if parts else ""))
+    return [*found, *FURTHER]
+
+
+# ---------------------------------------------------------------------------------------------
+# Pairs
+
+
+def _real(*event: int) -> Tensor:
+    return torch.randn(ROWS, *event)
+
+
+def _binary(*event: int) -> Tensor:
+    return (torch.rand(ROWS, *event) < 0.3).float()
+
+
+def _counts(top: int, *event: int) -> Tensor:
+    return torch.randint(0, top + 1, (ROWS, *event)).float()
+
+
+def _gaps(x: Tensor) -> Tensor:
+    return x.masked_fill(torch.rand(x.shape) < 0.3, torch.nan)
+
+
+def _vae(make: Callable[[], Tensor], weights: bool = False, **options: Any) -> Program:
+    """A pair of the ready builder, for data made at a seed."""
+    batch = pv.Batch({"x": make()}, weights=torch.rand(ROWS) if weights else None)
+    small: dict[str, Any] = {"latent": 2, "hidden": (8,)}
+    return (*pairs.vae(batch, **small | options), batch)
+
+
+def _bytes() -> Tensor:
+    return torch.randint(0, 256, (ROWS, 8, 8), dtype=torch.uint8)
+
+
+def _image() -> Tensor:
+    return _binary(8, 8)
+
+
+def _likelihoods() -> dict[str, Callable[[], Program]]:
+    """Every likelihood there is, on values that it takes."""
+    values: dict[str, Callable[[], Tensor]] = {
+        "Bernoulli": partial(_binary, 12),
+        "Binomial": partial(_counts, 16, 12),
+        "Categorical": lambda: torch.randint(0, 4, (ROWS, 12)),
+        "ContinuousBernoulli": lambda: torch.rand(ROWS, 12),
+        "LogisticMixture": lambda: _bytes().flatten(1),
+        "NegativeBinomial": partial(_counts, 400, 12),
+    }
+    return {
+        f"vae, {name}": partial(_vae, values.get(name, partial(_real, 12)), likelihood=kind)
+        for name in conditionals.__all__
+        if hasattr(kind := getattr(conditionals, name), "build")
+    }
+
+
+def programs() -> dict[str, Callable[[], Program]]:
+    """The pairs of the ready builder by likelihood, network and kind of data, and the small pairs of
+    the tests, which are other people's programs."""
+    stages: dict[str, Any] = {"hidden": (4, 8)}
+    return {
+        **_likelihoods(),
+        "vae, three layers, Tanh": partial(
+            _vae, partial(_binary, 12), hidden=(8, 8, 8), activation=nn.Tanh
+        ),
+        "vae, dense_resnet": partial(_vae, partial(_real, 12), net=dense_resnet),
+        "vae, convolutional": partial(_vae, _image, net=convolutional, **stages),
+        "vae, conv_resnet": partial(_vae, _bytes, net=conv_resnet, **stages),
+        "vae, missing entries, Gaussian": partial(_vae, lambda: _gaps(_real(12))),
+        "vae, missing entries, Bernoulli": partial(_vae, lambda: _gaps(_binary(12))),
+        "vae, row weights": partial(_vae, partial(_real, 12), weights=True),
+        **{f"program, {name}": partial(_small, make) for name, make in SMALL.items()},
+    }
+
+
+def _small(make: Callable[[], Any]) -> Program:
+    return (*make(), small_data(ROWS))
+
+
+# ---------------------------------------------------------------------------------------------
+# Trying
+
+
+def tried(name: str, spec: str, level: str = "compiled") -> Record:
+    """One combination: the level of its step after five, or why it is refused."""
+    torch.manual_seed(0)
+    pyro.clear_param_store()
+    try:
+        objective = parse(spec)
+        model, guide, data = programs()[name]()
+        batches = [pv.batch.take(data, slice(k * BATCH, (k + 1) * BATCH)) for k in range(2)]
+        loss = objective(model, guide)
+        loss.train()
+        loss(batches[0]).backward()
+    except Exception as error:
+        legal = not isinstance(error, ValueError | NotImplementedError)
+        return {"level": "failed" if legal else "refused", "reason": one_line(error)}
+    parameters = list(loss.parameters())
+    try:
+        step: Any = make_step(loss, parameters, torch.optim.Adam(parameters), level=level)
+        values = [float(step(batches[k % 2])) for k in range(5)]
+    except Exception as error:
+        return {"level": "failed", "reason": one_line(error)}
+    reached = str(getattr(step, "level", "not said"))
+    finite = "" if all(v == v for v in values) else "loss is NaN; "
+    return {"level": reached, "reason": finite + str(getattr(step, "reason", ""))}
+
+
+def _serve(connection: Connection) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with pyro.validation_enabled(False):
+        while True:
+            connection.send(tried(*connection.recv()))
+
+
+def _pair(name: str, specs: list[str]) -> list[Record]:
+    """All objectives of a pair, in a process that is begun anew where it dies."""
+    records, worker = [], Worker(_serve)
+    for spec in specs:
+        try:
+            found = worker.ask(name, spec, within=PATIENCE)
+        except Failed as error:
+            found = {"level": "failed", "reason": str(error)}
+            worker.close()
+            worker = Worker(_serve)
+        records.append({"pair": name, "objective": spec, **found})
+    worker.close()
+    return records
+
+
+def coverage(options: Options) -> None:
+    results = Results("speed_coverage", options, table)
+    names = [name for name in programs() if not results.has(pair=name)]
+    specs = objectives()
+    if options.quick:
+        names, specs = names[:1], specs[:1]
+    with cores(0), ThreadPoolExecutor(options.jobs) as pool:
+        for records in pool.map(partial(_pair, specs=specs), names):
+            results.add(records)
+
+
+def table(records: list[Record]) -> str:
+    """Fractions, then what is not compiled, by reason."""
+    legal = [r for r in records if r["level"] != "refused"]
+    counts = Counter(r["level"] for r in legal)
+    lines = [
+        f"{len(legal)} combinations of {len({r['pair'] for r in legal})} pairs and objectives asked "
+        f"for 'compiled'; {len(records) - len(legal)} more are refused",
+        "",
+    ]
+    for level in sorted(counts, key=lambda level: [*LEVELS, level].index(level)):
+        lines.append(f"{level:10s} {counts[level]:5d}   {counts[level] / len(legal):6.1%}")
+    for (level, reason), those in _by_reason(records):
+        if level == "refused":
+            lines += ["", f"{level}, {len(those)}: {reason}"]
+            continue
+        lines += ["", f"{level}: {reason}"]
+        pairs_of: dict[str, list[str]] = {}
+        for r in those:
+            pairs_of.setdefault(r["pair"], []).append(r["objective"])
+        lines += [f"  {pair}: {'; '.join(specs)}" for pair, specs in pairs_of.items()]
+    return "\n".join(lines)
+
+
+def _by_reason(records: list[Record]) -> Iterator[tuple[tuple[str, str], list[Record]]]:
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for r in records:
+        if r["level"] != "compiled":
+            groups.setdefault((r["level"], r["reason"]), []).append(r)
+    yield from sorted(groups.items(), key=lambda item: -len(item[1]))
