@@ -51,6 +51,9 @@ class Attributes:
                 if new is old or (isinstance(old, (*NUMBERS, *CONTAINERS)) and _equal(new, old)):
                     continue
                 yield f"{type(part).__name__}.{name}", old
+            for name in vars(part).keys() - held.keys():  # in front of what the class has
+                if hasattr(type(part), name):
+                    yield f"{type(part).__name__}.{name}", getattr(type(part), name)
 
     def unsteady(self, held: list[Tensor]) -> str:
         """Why a graph that reads the tensors ``held`` would not do what the program does."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -60,21 +61,33 @@ class Graph:
         Random numbers are torch's own and come in the order of the program, so that a seed means
         what it means elsewhere.
         """
+        try:  # kernels called from C++: less time between them
+            lowered = self._lowered(inputs, cpp_wrapper=inputs[0].device.type == "cpu")
+        except Exception:
+            lowered = self._lowered(inputs, cpp_wrapper=False)
+        held = self.held
+        if not held:
+            return lowered
+        return lambda *tensors: lowered(*tensors, *held)
+
+    def _lowered(self, inputs: Sequence[Tensor], cpp_wrapper: bool) -> Callable[..., Any]:
         from torch import _inductor as inductor
         from torch._guards import TracingContext, tracing
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-        options = {"fallback_random": True, "size_asserts": False}
-        context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))  # the cache asks for one
-        with torch.no_grad(), tracing(context):
+        options = {"fallback_random": True, "size_asserts": False, "cpp_wrapper": cpp_wrapper}
+        mode = FakeTensorMode(shape_env=ShapeEnv())  # the cache asks for one
+        with torch.no_grad(), tracing(TracingContext(mode)), warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", ".*is deprecated", DeprecationWarning
+            )  # torch of itself
             given: list[Any] = [tensor.detach() for tensor in (*inputs, *self.held)]
             module = by_onednn(self.module) if onednn_is_faster() else self.module
-            lowered: Any = inductor.compile(module, list(given), options=options)
-        held = self.held
-        if not held:
+            for node, tensor in zip(module.graph.find_nodes(op="placeholder"), given, strict=True):
+                node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+            lowered: Any = inductor.compile(module, given, options=options)
             return lowered  # type: ignore[no-any-return]
-        return lambda *tensors: lowered(*tensors, *held)
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         return self.module(*inputs, *self.held)  # type: ignore[no-any-return]
@@ -120,7 +133,10 @@ def _closed(module: fx.GraphModule) -> Graph:
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     for node in graph.find_nodes(op="get_attr"):
         value = getattr(module, str(node.target), None)
-        if not isinstance(value, Tensor) or all(map(_is_literal, node.users)):
+        if not isinstance(value, Tensor):
+            continue
+        if value.dim() == 0 and all(map(_is_literal, node.users)):
+            _write_out(graph, node, value)
             continue
         if id(value) not in held:
             with graph.inserting_after(last):
@@ -130,6 +146,18 @@ def _closed(module: fx.GraphModule) -> Graph:
         graph.erase_node(node)
     module.recompile()
     return Graph(module, [value for value, _ in held.values()])
+
+
+def _write_out(graph: fx.Graph, node: fx.Node, value: Tensor) -> None:
+    """A number that the program wrote down as a number in the graph."""
+    for user in list(node.users):
+        with graph.inserting_before(user):
+            kind: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
+            number = graph.call_function(torch.ops.aten.full.default, ([], value.item()), kind)
+        number.meta = dict(user.meta)
+        user.replace_all_uses_with(number)
+        graph.erase_node(user)
+    graph.erase_node(node)
 
 
 def _is_literal(user: fx.Node) -> bool:
