@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Timer
 
 import torch
 
@@ -63,23 +64,20 @@ def finished(stage: str, out: Path, code: int) -> bool:
 def run(stage: str, out: Path, minutes: float) -> dict[str, object]:
     """One stage, its output in a log as well."""
     started = time.monotonic()
-    with open(out / f"{stage}.log", "a") as log:
-        process = subprocess.Popen(
-            [sys.executable, *STAGES[stage](out, minutes)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    command = [sys.executable, *STAGES[stage](out, minutes)]
+    pipe, together = subprocess.PIPE, subprocess.STDOUT
+    with (
+        open(out / f"{stage}.log", "a") as log,
+        subprocess.Popen(command, stdout=pipe, stderr=together, text=True) as process,
+    ):
+        limit = Timer(60 * minutes, process.terminate)
+        limit.start()
         assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                log.write(line)
-                print(line, end="", flush=True)
-                if time.monotonic() - started > 60 * minutes:
-                    process.terminate()
-            code = process.wait()
-        finally:
-            process.kill()
+        for line in process.stdout:
+            log.write(line)
+            print(line, end="", flush=True)
+        code = process.wait()
+        limit.cancel()
     for file in RESULTS.glob("*_cuda.*"):
         shutil.copy(file, out)
     return {
