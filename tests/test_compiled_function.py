@@ -51,7 +51,7 @@ def test_what_a_graph_would_freeze():
     x = data(6)
     torch.testing.assert_close(fast(x), x - x.mean())
     assert fast.level == "eager"
-    assert fast.reason.startswith("the graph's numbers are off by")
+    assert "wants the value of a tensor" in fast.reason
 
 
 def test_few_calls_stay_eager():

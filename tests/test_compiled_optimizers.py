@@ -50,6 +50,10 @@ def training(name: str, scheduler: str = "none", clip: float | None = 0.5) -> St
     return step
 
 
+def swap(step: Step, optimizer: torch.optim.Optimizer) -> None:
+    step.optimizer, step.numbers = optimizer, optimizers.numbers(optimizer)
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_graph_takes_the_steps_of_the_optimizer(name: str, scheduler: str):
@@ -84,7 +88,7 @@ def test_a_graph_takes_the_steps_of_the_optimizer(name: str, scheduler: str):
 )
 def test_optimizers_that_stay_outside(optimizer: Any, why: str):
     step = training("SGD")
-    step.optimizer = optimizer(step.parameters)
+    swap(step, optimizer(step.parameters))
     step(data(6))
     before = [tensor.detach().clone() for tensor in step.state()]
     with pytest.raises((Refused, ValueError), match=why):
@@ -94,7 +98,7 @@ def test_optimizers_that_stay_outside(optimizer: Any, why: str):
 
 def test_an_optimizer_without_its_state_stays_outside_for_now():
     step = training("SGD")
-    step.optimizer = torch.optim.Adam(step.parameters)
+    swap(step, torch.optim.Adam(step.parameters))
     with pytest.raises(ValueError, match="Adam has yet to make its state"):
         Whole(step, [given(data(6))])
     assert not step.optimizer.state

@@ -355,12 +355,12 @@ class Deciding(LinearModel):
 
 
 UNSTEADY: dict[str, tuple[Any, str, str]] = {
-    "counter": (Counting, "eager", "Counting.number was set anew"),
-    "buffer made anew": (Drifting, "eager", "Drifting.mean was set anew"),
+    "counter": (Counting, "eager", "Counting.number was changed"),
+    "buffer made anew": (Drifting, "eager", "Drifting.mean was changed"),
     "buffer in place": (InPlace, "traced", ""),
-    "number of the rows": (Reading, "eager", "taken for a constant"),
-    "number of the parameters": (OfParameters, "eager", "taken for a constant"),
-    "numpy's random numbers": (Noisy, "eager", "taken for a constant"),
+    "number of the rows": (Reading, "eager", "wants the value of a tensor"),
+    "number of the parameters": (OfParameters, "eager", "wants the value of a tensor"),
+    "numpy's random numbers": (Noisy, "eager", "numpy.random was drawn from"),
     "branch": (Deciding, "eager", "wants the value of a tensor"),
 }
 
@@ -429,7 +429,7 @@ def test_a_number_changed_by_a_callback():
             step.doubt()
 
     step = assert_equal_to_eager(lambda: (Scaled(), guide()), between=between)
-    assert (step.level, "Scaled.beta was set anew" in step.reason) == ("eager", True)
+    assert (step.level, "Scaled.beta was changed" in step.reason) == ("eager", True)
 
 
 def test_hooks_on_gradients():

@@ -60,7 +60,7 @@ class Case:
 CASES = {
     case.name: case
     for case in (
-        Case("digits", (64,), (64,), 8, 64, counts=16, rows=22 * 64),
+        Case("digits", (64,), (64,), 8, 64, rows=22 * 64),
         Case("mnist", (784,), (400,), 20, 100),
         Case("iwae", (784,), (200, 200), 50, 20, particles=50, activation="Tanh", rows=400),
         Case("two latents", (784,), (200,), 50, 100, upper=(100, 20)),

@@ -9,6 +9,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_vae.compiled.attributes import Attributes
 from pyro_vae.compiled.graph import Graph, put_back, record, told
 from pyro_vae.compiled.ways import Given, Refused, copied, given, turned
 from pyro_vae.compiled.worth import check_level, not_worth
@@ -41,14 +42,22 @@ class Fast:
         self.function, self.asked, self.calls = function, level, calls
         self.level, self.reason = "eager", ""
         self._runs: dict[Any, Run] = {}
+        self._graphs: dict[Any, tuple[Graph, Attributes]] = {}
+        self._doubted: set[Any] = set()
 
     def __call__(self, batch: Any) -> Tensor:
         one = given(batch)
         run = self._runs.get(one.key)
         if run is None:
             run = self._runs[one.key] = self._found(one)
+        if one.key in self._doubted:
+            run = self._checked(one)
         with torch.no_grad():
             return run(one)
+
+    def doubt(self) -> None:
+        """Compare graphs with the function once more before they are used; see ``Step.doubt``."""
+        self._doubted = set(self._graphs)
 
     def _eager(self, one: Given) -> Tensor:
         return self.function(one.batch)
@@ -62,10 +71,14 @@ class Fast:
         if self.reason:
             return self._eager
         try:
-            with put_back([]), torch.no_grad():
+            before = Attributes(self.function, tensors=False)
+            with put_back([], self.function), torch.no_grad():
                 fresh = copied(one)
                 graph = record(lambda: [self.function(fresh.batch)], fresh.leaves)
-            run = self._accepted(one, graph)
+                if why := before.unsteady(graph.held) or before.drawn():
+                    raise Refused(why)
+            run = self._accepted(one, graph, exactly=True)
+            self._graphs[one.key] = graph, Attributes(self.function, tensors=False)
         except Exception as error:  # whatever a program does that a graph can't hold
             self.reason = told(error)
             return self._eager
@@ -74,27 +87,46 @@ class Fast:
                 self.reason = why
                 return self._eager
             try:
-                run = self._accepted(one, graph.lowered(one.leaves))
+                run = self._accepted(one, graph.lowered(one.leaves), exactly=False)
             except Exception as error:  # of the compiler, or that there is none
                 self.reason = told(error)
         self.level = "traced" if self.asked == "traced" or self.reason else "compiled"
         return run
 
-    def _accepted(self, one: Given, graph: Graph | Callable[..., Any]) -> Run:
-        """The graph as a run, if it has the function's numbers on rows in another order, with other
-        draws: a number that is no tensor would be a constant in it."""
+    def _checked(self, one: Given) -> Run:
+        self._doubted.discard(one.key)
+        graph, attributes = self._graphs[one.key]
+        try:
+            if why := attributes.unsteady(graph.held):
+                raise Refused(why)
+            self._accepted(one, graph, exactly=True)
+        except Exception as error:
+            self.level = "eager"
+            self.reason = f"the function is not what its graph was: {told(error)}"
+            self._runs[one.key] = self._eager
+            del self._graphs[one.key]
+        return self._runs[one.key]
+
+    def _accepted(self, one: Given, graph: Graph | Callable[..., Any], exactly: bool) -> Run:
+        """The graph as a run, if it has the function's numbers on other rows, with other draws: a
+        number that is no tensor would be a constant in it.
+
+        Args:
+            exactly: it runs the very same operations; machine code has others.
+        """
         other = turned(one)
 
         def run(one: Given) -> Tensor:
             return graph(*one.leaves)[0]
 
         def value(way: Run) -> Tensor:
-            with put_back([]), torch.no_grad():
+            with put_back([], self.function), torch.no_grad():
                 pyro.set_rng_seed(1)
                 return way(other)
 
         ours, theirs = value(self._eager), value(run)
-        if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3, equal_nan=True):
+        rounding = 100 * torch.finfo(ours.dtype).eps if exactly else 1e-3
+        if not torch.allclose(ours, theirs, rtol=rounding, atol=rounding, equal_nan=True):
             error = float((ours - theirs).abs().max())
             raise Refused(f"the graph's numbers are off by {error:.3g}")
         return run

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 from pyro_vae.compiled.attributes import Attributes
 from pyro_vae.compiled.products import by_onednn, onednn_is_faster
@@ -25,6 +26,23 @@ OURS = Path(__file__).parents[1]
 ELSEWHERE = tuple(
     str(Path(str(package.__file__)).parent) for package in (torch, pyro)
 )  # whose frames do not say where a user's program is at fault
+
+
+OF_VALUES = "the program wants the value of a tensor (.item(), .numpy(), float(), `if tensor`)"
+READING = {
+    Tensor.item,
+    Tensor.tolist,
+    Tensor.numpy,
+    Tensor.__array__,
+    Tensor.__bool__,
+    Tensor.__int__,
+    Tensor.__float__,
+    Tensor.__complex__,
+    Tensor.__index__,
+    Tensor.__contains__,
+    torch.equal,
+    torch.allclose,
+}
 
 
 class Graph:
@@ -90,7 +108,8 @@ class Graph:
             return lowered  # type: ignore[no-any-return]
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
-        return self.module(*inputs, *self.held)  # type: ignore[no-any-return]
+        # not the call of a module, which others may have hooks on
+        return self.module.forward(*inputs, *self.held)  # type: ignore[no-any-return]
 
 
 def record(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
@@ -108,12 +127,28 @@ def record(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -
         stack.enter_context(pyro.validation_enabled(False))
         stack.enter_context(enable_python_dispatcher())  # BatchNorm says what it changes
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        module = make_fx(lambda *tensors: list(function()))(*inputs)
+        module = make_fx(lambda *tensors: _without_values(function))(*inputs)
     if found := next(filter(_shaped_by_values, module.graph.nodes), None):
         raise ValueError(
             f"the program makes a tensor ({found.target}) whose shape depends on values, as in x[x > 0]"
         )
     return _closed(module)
+
+
+class _Unread(TorchFunctionMode):
+    """Refuses to tell the values of tensors: of one that a function holds, torch would."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in READING:
+            raise ValueError(OF_VALUES)
+        return func(*args, **(kwargs or {}))
+
+
+def _without_values(function: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+    with _Unread():
+        return list(function())
 
 
 def _shaped_by_values(node: fx.Node) -> bool:
@@ -169,10 +204,10 @@ def _is_literal(user: fx.Node) -> bool:
 
 
 @contextmanager
-def put_back(tensors: Sequence[Tensor], *modules: nn.Module) -> Iterator[None]:
-    """Undo what the body does to tensors, to attributes and buffers of modules, to the random state."""
-    attributes = Attributes(*modules)
-    with preserved(*modules), torch.no_grad():
+def put_back(tensors: Sequence[Tensor], *programs: Callable[..., Any]) -> Iterator[None]:
+    """Undo what the body does to tensors, to what programs hold and to the random state."""
+    attributes = Attributes(*programs)
+    with preserved(*programs), torch.no_grad():
         kept = [tensor.detach().clone() for tensor in tensors]
         try:
             with torch.enable_grad():
@@ -187,7 +222,7 @@ def told(error: BaseException) -> str:
     """An error as one line, with the place in the user's program that it came from."""
     text = str(error).strip() or type(error).__name__
     if "_local_scalar_dense" in text or "DataDependent" in type(error).__name__:
-        text = "the program wants the value of a tensor (.item(), float(), `if tensor`)"
+        text = OF_VALUES
     line = text.splitlines()[0][:200]
     frames = [
         frame

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["evaluates", "numbers", "rates", "refusal", "state_tensors", "stepping", "take"]
+from pyro_vae.compiled.attributes import Attributes
+
+__all__ = [
+    "evaluates",
+    "identity",
+    "numbers",
+    "rates",
+    "refusal",
+    "state_tensors",
+    "stepping",
+    "take",
+]
 
 # What says how torch's optimizers compute, not what; and what a graph takes as tensors.
 NO_CONSTANTS = ("capturable", "foreach", "fused", "params", "lr", "initial_lr")
@@ -35,8 +45,12 @@ def state_tensors(optimizer: Optimizer) -> list[Tensor]:
 
 def numbers(optimizer: Optimizer) -> list[dict[str, Any]]:
     """What a graph of the step has as constants, of each group of parameters."""
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value  # a state that was read has lists
+
     return [
-        {name: value for name, value in group.items() if name not in NO_CONSTANTS}
+        {name: plain(value) for name, value in group.items() if name not in NO_CONSTANTS}
         for group in optimizer.param_groups
     ]
 
@@ -47,26 +61,20 @@ def evaluates(optimizer: Optimizer) -> bool:
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
+def identity(optimizer: Optimizer) -> list[int]:
+    """What is another list when the state was made anew: of the first parameter, all is too much."""
+    first: dict[str, Any] = next(iter(optimizer.state.values()), {})
+    return [id(optimizer.state), *map(id, first.values())]
+
+
 @contextmanager
-def stepping(optimizer: Optimizer) -> Iterator[None]:
-    """Undo what steps do to an optimizer, but for what they write into tensors."""
-
-    def copied(value: Any) -> Any:
-        return value if isinstance(value, Tensor) else copy.deepcopy(value)
-
-    states = {p: {name: copied(v) for name, v in s.items()} for p, s in optimizer.state.items()}
-    groups = [dict(group) for group in optimizer.param_groups]
-    held, state, param_groups = dict(vars(optimizer)), optimizer.state, optimizer.param_groups
+def stepping(optimizer: Optimizer) -> Iterator[Attributes]:
+    """Undo what steps do to an optimizer; yields what it was."""
+    held = Attributes(optimizer)
     try:
-        yield
+        yield held
     finally:
-        vars(optimizer).clear()
-        vars(optimizer).update(held)
-        state.clear()
-        state.update(states)
-        for group, old in zip(param_groups, groups, strict=True):
-            group.clear()
-            group.update(old)
+        held.put_back()
 
 
 def rates(optimizer: Optimizer) -> list[Tensor]:
@@ -89,9 +97,12 @@ def take(optimizer: Optimizer, rates: list[Tensor]) -> None:
     Raises:
         ValueError: its step wants a number out of a tensor, or makes state.
     """
-    kept = [dict(group) for group in optimizer.param_groups]
     before, compiling = len(state_tensors(optimizer)), torch.compiler._is_compiling_flag
     manner = {"capturable": True, "fused": False, "foreach": rates[0].is_cuda}
+    kept = [
+        {name: group[name] for name in ("lr", *manner) if name in group}
+        for group in optimizer.param_groups
+    ]
     try:
         torch.compiler._is_compiling_flag = True  # torch then leaves the values of tensors alone
         for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -11,16 +11,21 @@ from torch import Tensor, nn
 from pyro_vae.compiled import optimizers
 from pyro_vae.compiled.graph import Graph, put_back, told
 from pyro_vae.compiled.precision import PRECISIONS
-from pyro_vae.compiled.trial import SHAKE, Trial
+from pyro_vae.compiled.trial import Trial
 from pyro_vae.compiled.ways import Eager, Given, Gradients, Refused, Way, Whole, given, turned
 from pyro_vae.compiled.worth import check_level, not_worth
 from pyro_vae.objectives.objective import ObjectiveModule
 
 __all__ = ["Step", "make_step"]
 
+AGAIN = 64
+
 
 class Step:
     """A function of batches that takes an optimizer step; see ``make_step``.
+
+    Graphs are compared with the programs once more after 64, 128, 256, ... steps, since what a program
+    reads elsewhere (a clock) may change too slowly to be seen at once.
 
     Attributes:
         level: at which most steps are taken: ``"eager"`` until a graph is accepted.
@@ -41,11 +46,13 @@ class Step:
     ) -> None:
         self.loss, self.parameters, self.optimizer = loss, parameters, optimizer
         self.scheduler, self.clip, self.asked, self.precision = scheduler, clip, asked, precision
-        self.steps, self.other = steps, other
+        self.steps, self.other, self.numbers = steps, other, optimizers.numbers(optimizer)
         self.level, self.reason = "eager", ""
         self._eager = Eager(self)
         self._parts = list(loss.modules())
+        self._taken = 0
         self._ways: dict[Any, Way] = {}
+        self._coming: dict[Any, float] = {}
         self._seen: dict[Any, list[Given]] = {}
         self._doubted: set[Any] = set()
         if asked != "eager" and loss.step.is_cuda:
@@ -54,6 +61,9 @@ class Step:
                     group["capturable"] = True
 
     def __call__(self, *batches: Any) -> Tensor:
+        self._taken += 1
+        if self._taken >= AGAIN and self._taken.bit_count() == 1:
+            self.doubt()
         every = [given(batch) for batch in batches]
         trained = [parameter.requires_grad for parameter in self.parameters]
         modes = [part.training for part in self._parts]
@@ -85,6 +95,7 @@ class Step:
             return self._settled(key, self._eager, "")
         lengths = [len(one.batch) for one in batches]
         coming = None if self.steps is None else self.steps.get(sum(lengths), 1)
+        self._coming[key] = coming or 0
         if why := self._not_worth(coming):
             return self._settled(key, self._eager, why)
         if int(self.loss.step) == 0:  # an optimizer makes its state in the first step
@@ -106,8 +117,9 @@ class Step:
 
     def _not_worth(self, coming: float | None, graphs: Sequence[Graph] = ()) -> str:
         """Why so many steps don't repay a graph. One that was asked for need not, but for the odd
-        last batch of an epoch."""
-        if self.asked != "auto" and not self._ways:
+        last batch of an epoch, which may come first when a training goes on."""
+        most = not self._ways if self.steps is None else coming == max(self.steps.values())
+        if self.asked != "auto" and most:
             return ""
         return not_worth(coming, "steps", graphs)
 
@@ -115,15 +127,12 @@ class Step:
         self, key: Any, batches: list[Given], others: list[Given], coming: float | None
     ) -> Way:
         """The first way that works out and takes the steps that eager takes."""
-        why, shake = "", SHAKE
+        why = ""
         try:
-            try:
-                expected = Trial(self, self._eager, others, shake)
-            except Exception:  # parameters beside its own may be none to a program
-                shake = 0.0
-                expected = Trial(self, self._eager, others, shake)
+            expected = self._expected(others)
         except Exception as error:
             return self._settled(key, self._eager, told(error))
+        shake = expected.shake
         kinds: tuple[type[Whole | Gradients], ...] = (Whole, Gradients)
         for kind in kinds if self.asked != "traced" else (Gradients,):
             try:
@@ -151,21 +160,28 @@ class Step:
             return self._settled(key, self._eager, why or told(error))
         return self._settled(key, way, why)
 
+    def _expected(self, batches: list[Given]) -> Trial:
+        try:
+            return Trial(self, self._eager, batches)
+        except Exception:  # parameters beside its own may be none to a program
+            return Trial(self, self._eager, batches, shake=0.0)
+
     def _without_optimizer(self, key: Any, batches: list[Given], why: str) -> Way:
         """A graph of the gradients in place of one that holds the optimizer's step as well."""
         try:
             way = Gradients(self, batches)
             with put_back(self.state(), self.loss):
                 way.lower(batches)
-            Trial(self, self._eager, batches).agrees(Trial(self, way, batches), strictly=False)
+            expected = self._expected(batches)
+            expected.agrees(Trial(self, way, batches, expected.shake), strictly=False)
         except Exception as error:
             return self._settled(key, self._eager, f"{why}; {told(error)}")
         return self._settled(key, way, why)
 
     def _settled(self, key: Any, way: Any, reason: str) -> Way:
-        if not self._ways or key == next(iter(self._ways)):
-            self.level, self.reason = getattr(way, "level", "eager"), reason
         self._ways[key] = way
+        if key == max(self._ways, key=lambda key: self._coming.get(key, 0)):
+            self.level, self.reason = getattr(way, "level", "eager"), reason
         return way  # type: ignore[no-any-return]
 
     def _checked(self, key: Any, way: Way, batches: list[Given]) -> Way:
@@ -175,9 +191,11 @@ class Step:
             held = [tensor for graph in way.recorded() for tensor in graph.held]
             if why := way.attributes.unsteady(held):
                 raise Refused(why)
-            Trial(self, self._eager, batches).agrees(Trial(self, way, batches), strictly=False)
-        except Refused as refused:
-            return self._settled(key, self._eager, f"the pair is not what its graph was: {refused}")
+            expected, graph = self._expected(batches), way.as_recorded()
+            expected.agrees(Trial(self, graph, batches, expected.shake), strictly=True)
+        except Exception as error:
+            why = f"the pair is not what its graph was: {told(error)}"
+            return self._settled(key, self._eager, why)
         return way
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -38,11 +39,18 @@ class Given(NamedTuple):
 
 
 def given(batch: Any) -> Given:
-    if isinstance(batch, Batch):  # as often as there are steps: faster than by pytree
-        leaves, spec = flatten(batch)
-    else:
-        leaves, spec = tree_flatten(batch)
+    leaves, spec = _flattened(batch)
+    if not all(
+        leaf.is_contiguous() for leaf in leaves
+    ):  # machine code takes one layout for granted
+        batch = tree_map_only(Tensor, Tensor.contiguous, batch)
+        leaves, spec = _flattened(batch)
     return Given(batch, leaves, (spec, *[(leaf.shape, leaf.dtype) for leaf in leaves]))
+
+
+def _flattened(batch: Any) -> tuple[list[Tensor], Any]:
+    # as often as there are steps: faster than by pytree
+    return flatten(batch) if isinstance(batch, Batch) else tree_flatten(batch)
 
 
 def copied(one: Given) -> Given:
@@ -120,7 +128,7 @@ class Gradients(Eager):
         for one in {one.key: one for one in batches}.values():
             self.graphs[one.key] = self._recorded(one)
         self.runs: dict[Any, Callable[..., Sequence[Tensor]]] = dict(self.graphs)
-        self.attributes = Attributes(step.loss)
+        self.attributes = Attributes(step.loss, tensors=False)
 
     def _recorded(self, one: Given) -> Graph:
         parameters, one = self.step.parameters, copied(one)
@@ -135,6 +143,12 @@ class Gradients(Eager):
 
     def recorded(self) -> list[Graph]:
         return list(self.graphs.values())
+
+    def as_recorded(self) -> Gradients:
+        """The same without machine code: the very operations of the programs."""
+        way = copy.copy(self)
+        way.runs, way.level = dict(self.graphs), "traced"
+        return way
 
     def lower(self, batches: Sequence[Given]) -> None:
         """Make machine code of the graphs."""
@@ -162,13 +176,15 @@ class Whole:
             raise Refused("several batches make a step, so the optimizer stays outside the graph")
         if why := optimizers.refusal(step.optimizer):
             raise Refused(f"{why}, so it stays outside the graph")
-        self.step, self.numbers = step, optimizers.numbers(step.optimizer)
+        self.step, self.numbers = step, step.numbers
+        self._check_numbers()
         self.rates = optimizers.rates(step.optimizer)
         self.trained: list[nn.Parameter] = []
+        self.layouts = _layouts(self._fixed())
         self.graph = self._recorded(batches[0])
         self.run: Callable[..., Sequence[Tensor]] = self.graph
         self.bound: Any = None
-        self.attributes = Attributes(step.loss)
+        self.attributes = Attributes(step.loss, tensors=False)
 
     def _recorded(self, one: Given) -> Graph:
         step, optimizer = self.step, self.step.optimizer
@@ -186,8 +202,11 @@ class Whole:
             optimizer.zero_grad(set_to_none=True)
             return [per_row, *gradients]
 
-        with optimizers.stepping(optimizer):
-            return _recorded(step, whole, [*one.leaves, *self._fixed()])
+        with optimizers.stepping(optimizer) as before:
+            graph = _recorded(step, whole, [*one.leaves, *self._fixed()])
+            if changed := next(before.changed(), None):
+                raise Refused(f"{changed[0]} is set anew in a step, so it stays outside the graph")
+            return graph
 
     def _fixed(self) -> list[Tensor]:
         """What stays where it is from step to step."""
@@ -197,31 +216,44 @@ class Whole:
     def recorded(self) -> list[Graph]:
         return [self.graph]
 
+    def as_recorded(self) -> Whole:
+        """The same without machine code: the very operations of the programs."""
+        way = copy.copy(self)
+        way.run, way.level, way.bound = self.graph, "traced", None
+        return way
+
     def lower(self, batches: Sequence[Given]) -> None:
         """Make machine code of the graph, on CUDA as a CUDA graph."""
-        self.graph = self.graph.first(1)
-        self.lowered = self.graph.lowered([*batches[0].leaves, *self._fixed()])
+        self.lowered = self.graph.first(1).lowered([*batches[0].leaves, *self._fixed()])
         self.run, self.bound, self.level = self.lowered, None, "compiled"
 
     def __call__(self, batches: Sequence[Given]) -> Tensor:
         optimizer, (one,) = self.step.optimizer, batches
-        if optimizers.numbers(optimizer) != self.numbers:
-            raise Refused(
-                f"a number of {type(optimizer).__name__} besides its learning rate changes from step "
-                "to step, so it stays outside the graph"
-            )
+        self._check_numbers()
         with torch.no_grad():
             for rate, group in zip(self.rates, optimizer.param_groups, strict=True):
                 rate.fill_(group["lr"])
-            if self.bound is not optimizer.state:  # load_state_dict makes it anew
-                self._bind(one)
+            if self.bound != (bound := optimizers.identity(optimizer)):
+                self._bind(one, bound)
             per_row, *gradients = self.run(*one.leaves, *self.inputs)
         for parameter, gradient in zip(self.trained, gradients, strict=bool(gradients)):
             parameter.grad = gradient
         return per_row
 
-    def _bind(self, one: Given) -> None:
-        self.inputs, self.bound = self._fixed(), self.step.optimizer.state
+    def _check_numbers(self) -> None:
+        optimizer = self.step.optimizer
+        if optimizers.numbers(optimizer) != self.numbers:
+            raise Refused(
+                f"a number of {type(optimizer).__name__} besides its learning rate changes from step "
+                "to step, so it stays outside the graph"
+            )
+
+    def _bind(self, one: Given, bound: Any) -> None:
+        """Take the optimizer's state as it is now: ``load_state_dict`` makes it anew."""
+        self.inputs, self.bound = self._fixed(), bound
+        if _layouts(self.inputs) != self.layouts:
+            name = type(self.step.optimizer).__name__
+            raise Refused(f"the state of {name} is of another form than it was")
         if self.level == "compiled" and self.step.loss.step.is_cuda:
             with put_back(self.step.state(), self.step.loss):
                 inputs = [*one.leaves, *self.inputs]
@@ -244,10 +276,10 @@ def _recorded(step: Step, function: Callable[[], list[Tensor]], inputs: list[Ten
     Raises:
         Refused: the program sets attributes as it runs.
     """
-    before = Attributes(step.loss)
+    before = Attributes(step.loss, tensors=False)
     with put_back(step.state(), step.loss):
         graph = record(function, inputs)
-        if why := before.unsteady(graph.held):
+        if why := before.unsteady(graph.held) or before.drawn():
             raise Refused(why)
     return graph
 
@@ -258,4 +290,22 @@ def loss_and_gradients(step: Step, batch: Any) -> tuple[Tensor, list[Tensor | No
         total, counted = step.loss.loss_and_rows(batch)
         per_row = total / counted
         found = torch.autograd.grad(per_row, step.parameters, allow_unused=True)
-    return per_row.detach(), list(found)
+    return per_row.detach(), _apart(found)
+
+
+def _apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients in memory of their own, as ``backward`` leaves them: clipping writes into it."""
+    apart: list[Tensor | None] = []
+    seen: set[int] = set()
+    for gradient in gradients:
+        if gradient is not None:
+            here = gradient.untyped_storage().data_ptr()
+            if here in seen or 0 in gradient.stride():
+                gradient = gradient.clone(memory_format=torch.contiguous_format)
+            seen.add(here)
+        apart.append(gradient)
+    return apart
+
+
+def _layouts(tensors: Sequence[Tensor]) -> list[Any]:
+    return [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]

@@ -21,8 +21,6 @@ from pyro_vae.conditionals.network import Network, at_one, independent, outputs,
 from pyro_vae.conditionals.special import HALF_LOG_2PI, remainder
 from pyro_vae.nn.affine import Affine
 
-LARGEST_TABLE = 4096  # values of a Binomial whose log C(n, x) is looked up
-
 __all__ = ["Bernoulli", "Binomial", "Categorical", "ContinuousBernoulli", "NegativeBinomial"]
 
 
@@ -106,7 +104,6 @@ class Binomial(nn.Module):
         if total_count < 1:
             raise ValueError(f"Binomial: total_count= came {total_count}, wanted at least 1")
         self.register_buffer("total_count", torch.tensor(float(total_count)))
-        self.levels = total_count + 1 if total_count <= LARGEST_TABLE else 0
 
     @staticmethod
     def takes(data: Tensor) -> bool:
@@ -136,9 +133,7 @@ class Binomial(nn.Module):
     def forward(self, *parents: Tensor) -> TorchDistribution:
         """Binomial with event ``[*event]``."""
         logits = outputs(self, self.net, parents, *self.event_shape)
-        fn = _Binomial(self.total_count, logits=logits)
-        fn.levels = self.levels
-        return independent(fn, len(self.event_shape))
+        return independent(_Binomial(self.total_count, logits=logits), len(self.event_shape))
 
 
 class Categorical(nn.Module):
@@ -300,18 +295,8 @@ class _Binomial(dist.Binomial):
 
     * ``uint8`` values: lgamma(x + 1) of x = 255 overflows to lgamma(0);
     * log C(n, x) does not depend on the parents: it is computed in the shape of the values, once
-      and not K times for K particles, and where n is small looked up in a table.
-
-    Attributes:
-        levels: number of values 0, ..., n that the table has; 0 for none.
+      and not K times for K particles.
     """
-
-    levels: int = 0
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> _Binomial:
-        expanded: _Binomial = super().expand(batch_shape, _instance)
-        expanded.levels = self.levels
-        return expanded
 
     def log_prob(self, value: Tensor) -> Tensor:
         value = value.to(self.logits.dtype)
@@ -319,18 +304,8 @@ class _Binomial(dist.Binomial):
             self._validate_sample(value)
         n = self.total_count
         one = n[(0,) * max(n.dim() - value.dim(), 0)]  # n is the same in every particle
-        if self.levels:
-            each = _log_choose(self.total_count.flatten()[0], torch.arange(self.levels).to(value))
-            index = value.clamp(0, self.levels - 1).long()
-            # what is no whole number from 0 to n has no density
-            coefficient = torch.where(index == value, each[index], math.nan)
-        else:
-            coefficient = _log_choose(one, value)
+        coefficient = (one + 1).lgamma() - (value + 1).lgamma() - (one - value + 1).lgamma()
         return value * self.logits + n * logsigmoid(-self.logits) + coefficient
-
-
-def _log_choose(n: Tensor, k: Tensor) -> Tensor:
-    return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
 
 
 class _NegativeBinomial(dist.GammaPoisson):

@@ -304,6 +304,7 @@ def fit(
                 run.stopped = _call(callbacks, run, record)
             if callbacks:
                 step.doubt()
+                judge.doubt()
             if not run.stopped and _waited(run, patience):
                 run.stopped = "patience"
             good = state.snapshot()
