@@ -80,9 +80,7 @@ def test_an_error_says_where():
     with pytest.raises((RuntimeError, ValueError)) as caught:
         record(lambda: [x * float(x.sum())], [x])
     line = told(caught.value)
-    assert line.startswith(
-        "the program wants the value of a tensor (.item(), float(), `if tensor`)"
-    )
+    assert line.startswith("the program wants the value of a tensor (")
     assert "test_compiled_graph.py:" in line
     assert told(ValueError("first\nsecond")) == "first"
 
