@@ -127,6 +127,7 @@ def record(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -
         stack.enter_context(pyro.validation_enabled(False))
         stack.enter_context(enable_python_dispatcher())  # BatchNorm says what it changes
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))  # its LSTM can't be recorded
         module = make_fx(lambda *tensors: _without_values(function))(*inputs)
     if found := next(filter(_shaped_by_values, module.graph.nodes), None):
         raise ValueError(
