@@ -127,7 +127,7 @@ def record(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -
         stack.enter_context(pyro.validation_enabled(False))
         stack.enter_context(enable_python_dispatcher())  # BatchNorm says what it changes
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))  # its LSTM can't be recorded
+        stack.enter_context(_without_onednn())
         module = make_fx(lambda *tensors: _without_values(function))(*inputs)
     if found := next(filter(_shaped_by_values, module.graph.nodes), None):
         raise ValueError(
@@ -150,6 +150,17 @@ class _Unread(TorchFunctionMode):
 def _without_values(function: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
     with _Unread():
         return list(function())
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Its LSTM can't be recorded. What is recorded in its place takes oneDNN's kernels elsewhere."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 def _shaped_by_values(node: fx.Node) -> bool:
