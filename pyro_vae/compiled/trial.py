@@ -97,8 +97,8 @@ class Trial:
             # where a gradient is 0 but for rounding, Adam's step has either sign
             if not error <= (0.2 if self.bf16 else 0.05) * whole:
                 raise Refused(
-                    f"the graph's step changes the {name} otherwise, by {error / whole:.1g} "
-                    "of the change"
+                    f"the graph's step changes the {name} otherwise: by {error:.1g} beside the "
+                    f"program's, whose change is {whole:.1g}"
                 )
 
 
