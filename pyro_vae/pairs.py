@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
@@ -24,6 +25,9 @@ from pyro_vae.conditionals.discrete import (
     Categorical,
     ContinuousBernoulli,
     NegativeBinomial,
+    OneHotCategorical,
+    UniformBernoulli,
+    UniformOneHot,
 )
 from pyro_vae.conditionals.gaussian import DiagonalGaussian, Gaussian, OptimalSigma, StandardNormal
 from pyro_vae.conditionals.logistic import LogisticMixture
@@ -32,6 +36,7 @@ from pyro_vae.conditionals.student import StudentT
 from pyro_vae.guides.amortized import AmortizedGuide
 from pyro_vae.models.latent import LatentVariableModel
 from pyro_vae.nn.affine import Affine, OneHot
+from pyro_vae.nn.leading import Reshape
 from pyro_vae.nn.mlp import dense
 
 __all__ = ["inputs_for", "likelihood_for", "part", "rebuilt", "update_sigma", "vae"]
@@ -39,6 +44,11 @@ __all__ = ["inputs_for", "likelihood_for", "part", "rebuilt", "update_sigma", "v
 BUILDERS = ("vae",)  # what builds a pair, of all that is here
 
 FEW_CLASSES = 16
+
+PRIORS: dict[type, Callable[..., nn.Module]] = {  # of a posterior, where it is not StandardNormal
+    Bernoulli: UniformBernoulli,
+    OneHotCategorical: UniformOneHot,
+}
 
 Run = Any  # of training.fit, which pairs do not import
 
@@ -127,7 +137,7 @@ def _meant(value: Any) -> Any:
 @_ready
 def vae(
     batch: Batch,
-    latent: int = 8,
+    latent: int | Sequence[int] = 8,
     hidden: int | Sequence[int] = (200, 200),
     likelihood: Part | None = None,
     prior: Part | None = None,
@@ -140,17 +150,21 @@ def vae(
 
     Args:
         batch: training rows, on the device where the pair is to live.
-        latent: dimensions of z.
+        latent: dimensions of z, or its event shape: ``(20, 10)`` and ``posterior=OneHotCategorical``
+            are 20 variables of 10 classes.
         hidden: widths of the encoder's layers, or channels of its stages; the decoder has them in
             reverse.
         likelihood: p(x | z): a conditional's class (``Binomial``), which is built for the data; a
             function ``(network, event_shape, data) -> conditional``, such as
             ``partial(Binomial.build, total_count=20)``; a ready conditional with parent z; or None,
             for what ``likelihood_for`` finds.
-        prior: p(z): a ready conditional without parents, or a function ``latent -> conditional``.
-            Default: ``StandardNormal``.
+        prior: p(z): a ready conditional without parents, or a function of the latent dimensions that
+            makes one. Default: ``StandardNormal``, and for a discrete posterior the uniform
+            distribution; ``LearnedBernoulli`` and ``LearnedOneHot`` are trained.
         posterior: q(z | x): as for the likelihood, with ``data=None``. A ready conditional gets x
-            as it is in the batch. Default: ``DiagonalGaussian``.
+            as it is in the batch. Default: ``DiagonalGaussian``. ``Bernoulli`` and
+            ``OneHotCategorical`` make z discrete, for estimators ``gumbel``, ``straight_through``,
+            ``vimco`` and ``score``.
         net: makes a network between two shapes: ``dense``, ``dense_resnet``, and for images
             ``convolutional``, ``conv_resnet``.
         activation: makes the nonlinearity.
@@ -164,7 +178,8 @@ def vae(
     data = _observed(batch, site)
     event_shape = data.shape[1:]
     hidden = tuple(hidden) if isinstance(hidden, Sequence) else (hidden,)
-    if not all(isinstance(size, int) and size > 0 for size in (latent, *hidden)):
+    shape = tuple(latent) if isinstance(latent, Sequence) else (latent,)
+    if not shape or not all(isinstance(size, int) and size > 0 for size in (*shape, *hidden)):
         raise ValueError(
             f"vae: came latent={latent!r}, hidden={hidden!r}, wanted whole numbers above 0"
         )
@@ -177,7 +192,9 @@ def vae(
             )
 
     def decoder(outputs: Sequence[int]) -> nn.Module:
-        return net((latent,), outputs, hidden[::-1], activation)
+        flat = (math.prod(shape),)
+        made = net(flat, outputs, hidden[::-1], activation)
+        return made if flat == shape else nn.Sequential(Reshape(shape, flat), made)
 
     chosen = likelihood_for(batch, site) if likelihood is None else likelihood
     p = _built(chosen, decoder, event_shape, data)
@@ -186,12 +203,12 @@ def vae(
     def encoder(outputs: Sequence[int]) -> nn.Module:
         return nn.Sequential(inputs, net(input_shape, outputs, hidden, activation))
 
-    q = _built(DiagonalGaussian if posterior is None else posterior, encoder, (latent,), None)
+    q = _built(DiagonalGaussian if posterior is None else posterior, encoder, shape, None)
     if not isinstance(prior, nn.Module):
-        prior = (prior or StandardNormal)(latent)
+        prior = (prior or PRIORS.get(type(q), StandardNormal))(*shape)
     model = LatentVariableModel(prior, p, site=site).to(batch.device)
     guide = AmortizedGuide(q, site=site).to(batch.device)
-    _check_support(batch, site, p, torch.zeros(1, latent, device=batch.device), data)
+    _check_support(batch, site, p, torch.zeros(1, *shape, device=batch.device), data)
     return model, guide
 
 

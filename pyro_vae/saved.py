@@ -19,7 +19,7 @@ import torch
 
 from pyro_vae import pairs
 from pyro_vae.batch import Batch
-from pyro_vae.objectives.recipes import literal
+from pyro_vae.objectives.specs import literal
 from pyro_vae.objectives.swap import owner
 from pyro_vae.training.fit import Run, device_for
 from pyro_vae.training.runs import Folder

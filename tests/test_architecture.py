@@ -55,6 +55,7 @@ OUTSIDE: dict[str, set[str]] = {
     "nn": {"torch"},
     "cli": {*USUAL, "typer", "tqdm", "arviz", "matplotlib"},
     "reporting": {*USUAL, "arviz", "matplotlib", "pandas"},
+    "evaluation": {*USUAL, "sklearn"},
     "sklearn": {*USUAL, "sklearn"},
     "data": {*USUAL, "pandas", "PIL", "pooch", "pyarrow", "sklearn"},
     "training": {*USUAL, "safetensors", "tqdm"},

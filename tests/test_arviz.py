@@ -106,7 +106,7 @@ def test_numbers_are_those_of_particles():
     with torch.no_grad():
         particles = run(model, guide, (batch,), {}, plan, 50)
     assert torch.equal(get(idata, "posterior", "z"), particles.samples["z"])
-    wanted = particles.total(particles.likelihood)
+    wanted = particles.summed(particles.likelihood)
     assert wanted is not None
     assert torch.equal(get(idata, "log_likelihood", "x"), wanted)
 

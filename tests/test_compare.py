@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from pyro_vae.batch import Batch
 from pyro_vae.conditionals.gaussian import Gaussian
+from pyro_vae.data import load
 from pyro_vae.evaluation import Evaluation
+from pyro_vae.objectives.estimators import Pathwise
+from pyro_vae.objectives.recipes import elbo, iwae
 from pyro_vae.pairs import vae
 from pyro_vae.training import compare as compare_module
 from pyro_vae.training.compare import Comparison, compare
@@ -52,7 +55,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     run = compare_module._run
 
     def counted(cell: Any, *args: Any) -> Any:
-        cells.append((cell.objective, cell.seed))
+        cells.append(cell.key)
         return run(cell, *args)
 
     monkeypatch.setattr(compare_module, "_run", counted)
@@ -109,13 +112,120 @@ def test_processes_change_nothing(tmp_path: Path):
 
 
 def test_what_processes_exchange_can_be_pickled():
-    cell = compare_module._Cell(vae, "elbo", 0, SMALL, {"optimizer": adam(0.01)}, 10)
+    fit = {"optimizer": adam(0.01)}
+    cell = compare_module._Cell(vae, "a", "elbo", 0, SMALL, fit, 10, first_pixel)
     again = pickle.loads(pickle.dumps(cell))
-    assert (again.objective, again.build, again.options) == ("elbo", vae, SMALL)
+    assert (again.key, again.build, again.options) == (("a", 0), vae, SMALL)
+    assert again.judge is first_pixel
     comparison = small(["elbo"], [0])
     assert_same(pickle.loads(pickle.dumps(comparison)), comparison)
     batch = pickle.loads(pickle.dumps(TRAIN))
     assert torch.equal(batch["x"], TRAIN["x"])
+
+
+def test_objectives_by_name():
+    named = {"plain": "elbo", "own": partial(iwae, 3, "dreg")}
+    comparison, by_text = small(named, [0]), small(["elbo", OBJECTIVES[1]], [0])
+    assert comparison.objectives == ["plain", "own"]
+    for mine, theirs in zip(named, by_text.objectives, strict=True):
+        assert torch.equal(comparison.rows(mine), by_text.rows(theirs))
+
+
+def test_a_second_judge(tmp_path: Path, trained: list[Any]):
+    comparison = small(judge=first_pixel, out=tmp_path)
+    x = data(6, seed=1)[:4, 0]
+    assert torch.equal(comparison.judged["elbo", 1], x + 1)
+    torch.testing.assert_close(comparison.rows("elbo", "judged"), x + 0.5)
+    record = comparison.summary()[0]
+    assert record["judged"] == pytest.approx(float(x.mean()) + 0.5)
+    assert record["judged_se"] == pytest.approx(float(x.std()) / 2)
+    assert record["judged_gain"] == 0
+    assert f"{record['judged']:.2f} ± {record['judged_se']:.2f}" in str(comparison)
+    again = small(judge=first_pixel, out=tmp_path)
+    assert len(trained) == 4
+    assert torch.equal(again.judged["elbo", 1], x + 1)
+
+
+def test_without_a_second_judge():
+    with pytest.raises(ValueError, match="compare had no judge="):
+        by_hand()[0].rows("elbo", "judged")
+
+
+# ---------------------------------------------------------------------------------------------
+# What is refused
+
+
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_what_is_refused_is_recorded(jobs: int, tmp_path: Path):
+    """By itself, and with this pair."""
+    biased, strict = "iwae:num_particles=2,estimator=stl", partial(elbo, estimator=Strict())
+    asked = {"elbo": "elbo", "biased": biased, "no such": "elbow", "strict": strict}
+    comparison = small(asked, out=tmp_path, refused="record", jobs=jobs)
+    assert comparison.objectives == ["elbo"]
+    assert list(comparison.refused) == [(n, s) for n in list(asked)[1:] for s in (0, 1)]
+    told = {record["objective"]: record["reason"] for record in comparison.refusals()}
+    assert [record["seeds"] for record in comparison.refusals()] == [[0, 1]] * 3
+    assert "biased" in told["biased"]
+    assert "came 'elbow', wanted one of" in told["no such"]
+    assert told["strict"] == "estimator strict: refused"
+    *_, first, second, third = str(comparison).splitlines()
+    assert first == f"refused: biased: {told['biased']}"
+    assert (second[:18], third[:16]) == ("refused: no such: ", "refused: strict:")
+
+
+class Strict(Pathwise):
+    """Refuses every pair."""
+
+    def scores(self, site: str, reparameterized: bool) -> bool:
+        raise ValueError("estimator strict: refused")
+
+
+def test_a_training_that_fails_is_recorded(monkeypatch: pytest.MonkeyPatch):
+    bad = partial(torch.optim.SGD, lr=1e300)
+    monkeypatch.setattr(compare_module, "fit", only_for("iwae", bad))
+    comparison = small(refused="record", seeds=[0])
+    assert comparison.objectives == ["elbo"]
+    (reason,) = comparison.refused.values()
+    assert reason.startswith("iwae:num_particles=3,estimator=dreg, seed 0: step")
+
+
+def test_nothing_but_refusals():
+    comparison = small(["elbow"], [0], refused="record")
+    assert comparison.summary() == []
+    assert str(comparison).startswith("refused: elbow: objective: came 'elbow'")
+
+
+# ---------------------------------------------------------------------------------------------
+# Mapped files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_rows_in_mapped_files(jobs: int, tmp_path: Path):
+    for name, x in (("train", data(12)), ("test", data(6, seed=1))):
+        np.save(tmp_path / f"{name}.npy", x.numpy())
+    rows: dict[str, Any] = {
+        name: load(tmp_path / f"{name}.npy", mmap=True) for name in ("train", "test")
+    }
+    assert rows["train"].mapped
+    out = tmp_path / "out"
+    assert_same(small(jobs=jobs, out=out, **rows), small())
+
+
+def test_mapped_files_are_told_by_what_is_in_them(tmp_path: Path):
+    paths = []
+    for seed in (0, 0, 1):
+        np.save(tmp_path / "x.npy", data(30, seed=seed).numpy())
+        paths.append(path_of(tmp_path, train=load(tmp_path / "x.npy", mmap=True)))
+    assert paths[0] == paths[1] != paths[2]
+
+
+def test_rows_beyond_the_first_block_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compare_module, "_BLOCK", 5)
+    other = data(12)
+    other[11, 0] += 1
+    path = path_of(tmp_path, train=Batch({"x": data(12)}))
+    assert path_of(tmp_path, train=Batch({"x": other})) != path
 
 
 # ---------------------------------------------------------------------------------------------
@@ -174,6 +284,11 @@ def closure(hidden: int) -> Any:
     return build
 
 
+def first_pixel(model: Any, guide: Any, test: Batch, seed: int) -> Tensor:
+    """A judge of four rows that has seen nothing of the pair but its seed."""
+    return test["x"][:4, 0] + seed
+
+
 class Builder:
     """A callable whose repr says nothing about it."""
 
@@ -214,6 +329,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"options": {**SMALL, "likelihood": network(0)}},
         {"options": {**SMALL, "likelihood": network(1)}},
     ),
+    "judge": ({}, {"judge": first_pixel}),
+    "function": ({"spec": partial(elbo, 2)}, {"spec": partial(elbo, 3)}),
     "array": (
         {"options": {**SMALL, "hidden": np.array([4, 4])}},
         {"options": {**SMALL, "hidden": np.array([4, 5])}},
@@ -230,12 +347,15 @@ def path_of(folder: Path, **changes: Any) -> Path:
         "options": SMALL,
         "num_particles": 20,
         "epochs": 1,
+        "spec": "elbo",
+        "judge": None,
         **changes,
     }
     build, train, test, options, num_particles = (
         settings.pop(name) for name in ("build", "train", "test", "options", "num_particles")
     )
-    cell = compare_module._Cell(build, "elbo", 0, options, settings, num_particles)
+    spec, judge = settings.pop("spec"), settings.pop("judge")
+    cell = compare_module._Cell(build, "a", spec, 0, options, settings, num_particles, judge)
     return compare_module._path(folder, cell, compare_module._described([train, test]))
 
 
@@ -395,6 +515,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "refused objective": ({"objectives": ["iwae:num_particles=2,estimator=stl"]}, "biased"),
     "no objectives": ({"objectives": []}, "wanted a list of at least one"),
     "text for a list": ({"objectives": "elbo"}, "objectives='elbo', wanted a list"),
+    "unknown word": ({"refused": "skip"}, "came refused='skip', wanted 'raise' or 'record'"),
     "no seeds": ({"seeds": ()}, "no seeds"),
     "seed": ({"seed": 3}, "wanted seeds="),
     "other sites": ({"test": Batch({"y": data(4)})}, "train has sites"),

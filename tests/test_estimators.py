@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from pyro.distributions import transforms as flows
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
+from pyro_vae.compiled import make_step
 from pyro_vae.nn import leading, mlp
 from pyro_vae.objectives import (
     STL,
@@ -31,7 +33,10 @@ from pyro_vae.objectives import (
     iwae,
     renyi,
 )
-from pyro_vae.objectives.estimators import get
+from pyro_vae.objectives.baselines import LeaveOneOut
+from pyro_vae.objectives.bounds import Split
+from pyro_vae.objectives.estimators import OneParticle, WakeSleep, get
+from tests import gate
 from tests.small_pairs import (
     PAIRS,
     X_DIM,
@@ -69,26 +74,61 @@ def label(value: Any) -> str | None:
 
 
 def test_get():
-    assert isinstance(get("dreg"), DReG)
-    assert [type(get(name)) for name in ("pathwise", "stl", "score")] == [Pathwise, STL, Score]
+    names = {
+        "pathwise": Pathwise,
+        "stl": STL,
+        "dreg": DReG,
+        "score": Score,
+        "vimco": Score,
+        "rws": WakeSleep,
+        "one_particle": OneParticle,
+    }
+    assert {name: type(get(name)) for name in names} == names
+    vimco: Any = get("vimco")
+    assert isinstance(vimco.baseline, LeaveOneOut)
+    assert get("vimco") is not vimco  # each has a state of its own
     estimator = Score()
     assert get(estimator) is estimator
     with pytest.raises(ValueError, match="'sticking'"):
         get("sticking")
 
 
-def test_dreg_factor():
+def test_what_the_path_counts():
     log_w = torch.randn(4, 3)
     w = torch.softmax(log_w, 0)
 
-    def factor(bound: Bound, log_w: Tensor, beta: float) -> Any:
-        return DReG().factor(bound, log_w, beta)
+    def path(bound: Bound, beta: float) -> Any:
+        return DReG().path(bound, log_w, beta)
 
-    torch.testing.assert_close(factor(Renyi(0.0), log_w, 1.0), w)
-    torch.testing.assert_close(factor(Renyi(0.0), log_w, 2.0), 2 * w - 1)
+    torch.testing.assert_close(path(Renyi(0.0), 1.0), w * w)
+    torch.testing.assert_close(path(Renyi(0.0), 2.0), w * (2 * w - 1))
     tempered = torch.softmax(0.5 * log_w, 0)
-    torch.testing.assert_close(factor(Renyi(0.5), log_w, 1.0), 0.5 + 0.5 * tempered)
-    assert factor(Elbo(), log_w, 1.0) is None
+    torch.testing.assert_close(path(Renyi(0.5), 1.0), tempered * (0.5 + 0.5 * tempered))
+    assert path(Elbo(), 1.0) is None
+    for estimator in (Pathwise(), STL(), Score(), WakeSleep(), OneParticle()):
+        assert estimator.path(Renyi(0.0), log_w, 1.0) is None
+
+
+def test_a_guide_with_a_bound_of_its_own():
+    """The model's weights are the model's bound's, all that reaches the guide is the other's."""
+    log_w = torch.randn(4, 3)
+    split = Split(Renyi(0.5), Renyi(0.0))
+    for estimator in (Pathwise(), DReG(), Score()):
+        assert_same(estimator.weights(split, log_w), Renyi(0.5).weights(log_w))
+    w = Renyi(0.0).weights(log_w)
+    assert_same(Pathwise().path(split, log_w, 2.0), w)
+    assert_same(DReG().path(split, log_w, 2.0), w - 2 * w * (1 - w))
+    assert_same(Score().reward(split, log_w, ())[0], Renyi(0.0).reward(log_w))
+    centred, _ = Score(baseline=LeaveOneOut()).reward(split, log_w, ())
+    assert_same(centred, LeaveOneOut()(Renyi(0.0), log_w, ())[0])
+    to_elbo, to_iwae = Split(Renyi(0.0), Elbo()), Split(Elbo(), Renyi(0.0))
+    assert_same(DReG().path(to_elbo, log_w, 1.0), torch.full_like(log_w, 0.25))
+    assert STL().refusal(to_elbo, 4) is None
+    assert "dreg" in str(STL().refusal(to_iwae, 4))
+    assert not Score().keeps_score(to_elbo)
+    assert Score().keeps_score(to_iwae)
+    for other in (WakeSleep(), OneParticle()):
+        assert other.refusal(split, 4)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -432,6 +472,130 @@ def test_a_score_beside_a_path():
     pair = Model(), Both()
     objectives = [elbo(num_particles=2, estimator=Score(all_sites)) for all_sites in (False, True)]
     assert sigmas(differences(pair, objectives, rows=100)).abs().max() < 5
+
+
+# ---------------------------------------------------------------------------------------------
+# One particle
+
+
+def test_one_particle_is_drawn_in_proportion_to_its_weight():
+    log_w = torch.tensor([0.5, -1.0, 1.5, -math.inf])[:, None].expand(4, 20_000)
+    for bound in (Renyi(0.0), Renyi(-1.0)):
+        drawn = OneParticle().weights(bound, log_w)
+        assert_same(drawn.sum(0), torch.ones(20_000))
+        assert ((drawn == 0) | (drawn == 1)).all()
+        assert drawn[3].sum() == 0
+        assert sigmas((drawn - bound.weights(log_w))[:3].T).abs().max() < 4
+    assert_same(OneParticle().weights(Elbo(), log_w[:3]).sum(0), torch.ones(20_000))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "pair"), [(elbo, "one latent"), (iwae, "top-down ladder")], ids=label
+)
+def test_one_particle_agrees_with_pathwise(recipe: Callable[..., Objective], pair: str):
+    objectives = [recipe(num_particles=4, estimator=e) for e in ("one_particle", "pathwise")]
+    difference = differences(PAIRS[pair](), objectives)
+    assert difference.abs().max() > 1e-3
+    assert sigmas(difference).abs().max() < 5
+
+
+def test_one_particle_refuses_weights_that_are_no_probabilities():
+    class Signed(Bound):
+        positive = False
+
+    with pytest.raises(ValueError, match=r"one_particle.*signed.*probabilities.*pathwise"):
+        Objective(Signed(), "one_particle", num_particles=3)
+
+
+# ---------------------------------------------------------------------------------------------
+# Wake-sleep
+
+
+def wake(particles: int) -> Tensor:
+    """The expected update of the guide of ``gate.ONE_LAYER``, by quadrature over two particles, or
+    for ``particles=0``, of infinitely many: minus the gradient of KL(p(z | x) || q(z | x))."""
+    pair = gate.ONE_LAYER
+    values = {n: torch.tensor(v) for n, v in {**pair.model_values, **pair.guide_values}.items()}
+    own = [values[name].requires_grad_() for name in pair.guide_values]
+    loc = values["a0"] * gate.X[0] + values["a1"] * gate.X[1] + values["c"]
+    if particles == 0:
+        posterior = gate.joint(pair, values).given({"x0": gate.X[0], "x1": gate.X[1]}).of(["z"])
+        p = dist.Normal(posterior.mean[0], posterior.covariance[0, 0].sqrt())
+        q = dist.Normal(loc, values["r"].exp())
+        divergence = torch.distributions.kl_divergence(p, q)
+        return -torch.stack(torch.autograd.grad(divergence, own))
+    noise, weights = map(torch.as_tensor, np.polynomial.hermite_e.hermegauss(100))
+    chance = weights / weights.sum()
+    terms = pair.terms(values, [noise])
+    log_w = (terms.likelihood - terms.rate["z"]).detach()
+    share = torch.sigmoid(log_w[:, None] - log_w)  # of the first of two
+    z = (loc + values["r"].exp() * noise).detach()
+    log_q = dist.Normal(loc, values["r"].exp()).log_prob(z)
+    return torch.stack(torch.autograd.grad(2 * (chance * (share @ chance)) @ log_q, own))
+
+
+def test_the_wake_update_of_two_particles():
+    """The guide's is that of quadrature, and not the bound's; the model's is the bound's."""
+    cell = gate.cell(gate.ONE_LAYER, "iwae", WakeSleep())
+    names = gate.ONE_LAYER.model_values
+    draw = gate._Draw(cell, 30_000)
+    gradients = draw.block()[1].T
+    of_model, of_guide = gradients[:, : len(names)], gradients[:, len(names) :]
+    of_bound = cell.exact().gradient
+    assert sigmas(of_model - of_bound[: len(names)]).abs().max() < 5
+    assert sigmas(of_guide - wake(2)).abs().max() < 5
+    assert sigmas(of_guide - of_bound[len(names) :]).abs().max() > 10
+
+
+def test_the_wake_update_of_many_particles_follows_the_forward_kl():
+    limit = wake(0)
+    assert (wake(2) - limit).norm() > 0.3 * limit.norm()
+    draw = gate._Draw(gate.cell(gate.ONE_LAYER, "iwae", WakeSleep(), particles=500), 400)
+    update = draw.block()[1].T[:, len(gate.ONE_LAYER.model_values) :].mean(0)
+    assert (update - limit).norm() < 0.03 * limit.norm()
+
+
+def test_wake_sleep_trains_discrete_and_continuous_sites_alike():
+    """At the posterior nothing but noise is left, whose mean is 0."""
+    logits = (PRIOR.log() + dist.Normal(MEANS, 1.0).log_prob(torch.tensor(X))).log_softmax(0)
+    rows = 20_000
+    held = logits.expand(rows, 3).clone().requires_grad_()
+
+    def model() -> None:
+        with pyro.plate("data", rows):
+            y = pyro.sample("y", dist.Categorical(PRIOR))
+            pyro.sample("x", dist.Normal(MEANS[y], 1.0), obs=torch.full((rows,), X))
+
+    def guide() -> None:
+        with pyro.plate("data", rows):
+            pyro.sample("y", dist.Categorical(logits=held))
+
+    loss = iwae(3, "rws").differentiable_loss(model, guide)
+    (gradients,) = torch.autograd.grad(loss, held)
+    assert gradients.std() > 0.1
+    assert sigmas(gradients).abs().max() < 4
+
+
+def test_wake_sleep_refuses_what_has_no_importance_weights():
+    with pytest.raises(ValueError, match=r"rws.*iwae.*num_particles=1.*>= 2"):
+        iwae(1, "rws")
+    with pytest.raises(ValueError, match=r"rws.*elbo.*use the iwae"):
+        elbo(4, "rws")
+
+
+@pytest.mark.parametrize("estimator", ["one_particle", "rws"])
+def test_traced_steps_are_eager_ones(estimator: str):
+    """What is drawn between particles is a part of the graph."""
+    results = []
+    for level in ("eager", "traced"):
+        pyro.set_rng_seed(0)
+        loss = iwae(3, estimator)(LinearModel(), Guide())
+        own = list(loss.parameters())
+        step = make_step(loss, own, torch.optim.SGD(own, 0.1), level=level)
+        results.append([*(step(data(6, seed=i)) for i in range(4)), *own])
+        assert step.level == level
+    for eager, traced in zip(*results, strict=True):
+        torch.testing.assert_close(eager, traced)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -28,12 +28,16 @@ from pyro_vae.objectives import (
     DReG,
     Elbo,
     Estimator,
+    FreeBits,
+    Jackknife,
+    Miwae,
     MonteCarlo,
     Objective,
     Particles,
     Rate,
     Renyi,
     Score,
+    Split,
     elbo,
     iwae,
     linear,
@@ -43,6 +47,8 @@ from pyro_vae.objectives import (
 from pyro_vae.objectives import objective as objective_module
 from pyro_vae.objectives.estimators import get
 from pyro_vae.objectives.objective import refusal
+from pyro_vae.objectives.particles import run
+from pyro_vae.objectives.plan import make_plan
 from tests.small_pairs import (
     PAIRS,
     X_DIM,
@@ -474,7 +480,7 @@ class Pull(nn.Module):
         super().__init__()
         self.point, self.by_row = nn.Parameter(torch.ones(Z_DIM)), by_row
 
-    def forward(self, particles: Particles) -> Tensor:
+    def forward(self, particles: Particles, step: Tensor) -> Tensor:
         square = (particles.samples["z"] - self.point).square().sum(-1)
         return square.mean(0) if self.by_row else square.mean()
 
@@ -529,11 +535,11 @@ def test_a_penalty_that_is_a_module_is_trained_under_svi():
 def test_a_penalty_may_be_a_function_and_there_may_be_many():
     model, guide, x = LinearModel(), Guide(), data()
 
-    def loss(*penalties: Callable[[Particles], Tensor]) -> float:
+    def loss(*penalties: Callable[[Particles, Tensor], Tensor]) -> float:
         pyro.set_rng_seed(1)
         return elbo(penalties=penalties).loss(model, guide, x)
 
-    extra = loss(lambda particles: torch.tensor(1.0), lambda particles: torch.ones(6)) - loss()
+    extra = loss(lambda *_: torch.tensor(1.0), lambda *_: torch.ones(6)) - loss()
     assert extra == pytest.approx(12.0)
 
 
@@ -653,7 +659,7 @@ ADMITTED["vr_max"] = {"pathwise", "score"}
 def test_every_combination_is_admitted_or_refused_naming_both_parts(
     bound: Bound, estimator: str, rate: Rate
 ):
-    why = refusal(bound, get(estimator), rate)
+    why = refusal(bound, get(estimator), rate, 1)
     if estimator in ADMITTED[repr(bound)] and not (rate.analytic and not bound.linear):
         assert why is None
         assert Objective(bound, estimator, rate).bound is bound
@@ -663,6 +669,56 @@ def test_every_combination_is_admitted_or_refused_naming_both_parts(
         Objective(bound, estimator, rate)
     assert repr(bound) in str(error.value)
     assert repr(other) in str(error.value)
+
+
+COUPLED: list[tuple[dict[str, Any], str]] = [
+    ({"bound": Renyi()}, "freebits.*no sum over rows.*iwae"),
+    ({"estimator": Score(all_sites=True)}, "freebits.*'z' is trained by its score"),
+    ({"estimator": "stl", "rate": FreeBits(1.0, rate=MonteCarlo())}, "freebits.*'z'.*Monte Carlo"),
+]
+
+
+@pytest.mark.parametrize(("parts", "message"), COUPLED, ids=[message for _, message in COUPLED])
+def test_a_rate_that_couples_rows_is_refused_where_it_would_be_biased(
+    parts: dict[str, Any], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        Objective(**{"rate": FreeBits(1.0, rate=Analytic()), **parts}).loss(
+            LinearModel(), Guide(), data()
+        )
+
+
+def test_a_bound_says_how_many_particles_it_needs():
+    with pytest.raises(ValueError, match=r"jackknife.*num_particles=1, wanted >= 2"):
+        Objective(Jackknife(1))
+
+
+WEIGHT = (("likelihood", "x", 1), ("prior", "z", 1), ("posterior", "z", -1))
+
+
+@pytest.mark.parametrize("estimator", ["pathwise", "dreg"])
+def test_weights_of_the_model_may_vanish_where_those_of_the_guide_do_not(estimator: str):
+    """One of two particles weighs less than float32 holds, while the guide's bound takes each alone."""
+    model, guide = LinearModel(), Guide()
+    with torch.no_grad():
+        model.log_scale.fill_(-2.5)  # log weights are hundreds of nats apart
+    x = 3 * data(2)
+    both = Split(Renyi(0.0), Miwae(2))
+    torch.manual_seed(3)
+    Objective(both, estimator, num_particles=2)(model, guide)(x).backward()
+    came = [parameter.grad for program in (model, guide) for parameter in program.parameters()]
+    wanted: list[Tensor] = []
+    for program, bound in ((model, Renyi(0.0)), (guide, Miwae(2))):
+        torch.manual_seed(3)
+        loss = Objective(bound, estimator, num_particles=2)(model, guide)(x)
+        wanted += torch.autograd.grad(loss, list(program.parameters()))
+    torch.manual_seed(3)
+    plan = make_plan(model, guide, (x,), {})
+    table = run(model, guide, (x,), {}, plan, 2)
+    log_w = sum(getattr(table, name)[site].sum(-1) * sign for name, site, sign in WEIGHT)
+    assert (Renyi().weights(log_w) < 1e-45).any()
+    for one, other in zip(came, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("numbers", [{"num_particles": 0}, {"num_particles": 2.5}, {"chunk": 0}])
@@ -682,7 +738,7 @@ def test_an_analytic_kl_in_a_nonlinear_bound_would_be_no_bound():
     assert value > dist.Normal(0.0, 2**0.5).log_prob(x)
 
 
-class Miwae(Bound):
+class Groups(Bound):
     """A mean of M importance weighted bounds, which states its value and nothing else."""
 
     def __call__(self, log_w: Tensor) -> Tensor:
@@ -706,13 +762,13 @@ def test_a_bound_may_leave_everything_to_autodiff(pair: str, estimator: str | Es
 
 
 def test_strata_fit_into_a_bound():
-    """MIWAE's curvature is that of IWAE inside a group, and its groups may lie in several chunks."""
+    """Derivatives are those of IWAE inside a group, and the groups may lie in several chunks."""
     log_w = torch.randn(6, 4)
-    bound = Miwae()
+    bound = Groups()
     w = torch.cat([torch.softmax(half, 0) for half in log_w.chunk(2)])
     torch.testing.assert_close(bound.weights(log_w), w / 2)
-    torch.testing.assert_close(bound.curvature(log_w), 1 - w)
-    torch.testing.assert_close(DReG().factor(bound, log_w, 1.0), w)
+    torch.testing.assert_close(bound.diagonal(log_w), w * (1 - w) / 2)
+    torch.testing.assert_close(DReG().path(bound, log_w, 1.0), w.square() / 2)
     model, guide = LinearModel(), Guide()
     results = [
         value_and_gradient(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pyro
 import pytest
@@ -19,14 +20,26 @@ from pyro_vae.conditionals import (
     ContinuousBernoulli,
     DiagonalGaussian,
     Gaussian,
+    LearnedBernoulli,
+    LearnedOneHot,
     LogisticMixture,
     NegativeBinomial,
+    OneHotCategorical,
     OptimalSigma,
     StandardNormal,
     StudentT,
+    UniformBernoulli,
+    UniformOneHot,
 )
+from pyro_vae.evaluation.likelihood import evaluate
+from pyro_vae.evaluation.predict import reconstruct, sample
 from pyro_vae.nn import conv_resnet, convolutional, dense_resnet, mlp
-from pyro_vae.pairs import inputs_for, likelihood_for, update_sigma, vae
+from pyro_vae.objectives.baselines import MovingAverage
+from pyro_vae.objectives.enumeration import enumerated_log_p
+from pyro_vae.objectives.estimators import Score
+from pyro_vae.objectives.recipes import elbo, mean_field, vimco
+from pyro_vae.objectives.relaxed import Gumbel, StraightThrough
+from pyro_vae.pairs import inputs_for, likelihood_for, rebuilt, update_sigma, vae
 from pyro_vae.training.fit import fit
 
 
@@ -314,3 +327,85 @@ def test_update_sigma_wants_a_sigma():
     model, guide = vae(batch, latent=2, hidden=8)
     with pytest.raises(ValueError, match="came a Gaussian likelihood, wanted OptimalSigma"):
         fit(model, guide, batch, steps=1, callbacks=[update_sigma(batch)])
+
+
+# --- discrete latents -----------------------------------------------------------------------------
+
+
+def striped(n: int = 60) -> Batch:
+    """Four patterns of 8 pixels, with noise."""
+    means = torch.tensor([[0.9, 0.1], [0.1, 0.9]]).repeat_interleave(4, 1)
+    means = torch.cat([means, means.flip(1).roll(2, 1)])
+    return Batch({"x": torch.bernoulli(means[torch.randint(4, (n,))])})
+
+
+COINS: dict[str, Any] = {"latent": 4, "posterior": Bernoulli}
+CLASSES: dict[str, Any] = {"latent": (2, 3), "posterior": OneHotCategorical}
+TRAINED = {
+    "gumbel": lambda: mean_field(1, Gumbel()),
+    "concrete": lambda: elbo(1, Gumbel()),
+    "straight-through": lambda: mean_field(1, StraightThrough()),
+    "vimco": lambda: vimco(4),
+    "score": lambda: elbo(2, Score(baseline=MovingAverage())),
+    "enumerate": lambda: elbo(estimator="enumerate"),
+}
+
+
+@pytest.mark.parametrize("options", [COINS, CLASSES], ids=["coins", "classes"])
+@pytest.mark.parametrize("name", list(TRAINED))
+def test_discrete_latents_train_by_every_estimator(name, options):
+    """The bound of the discrete model rises, whatever was optimised."""
+    batch = striped()
+    model, guide = vae(batch, hidden=(), **options)
+    before = float(elbo(estimator="enumerate").rows(model, guide, batch).mean())
+    adam = partial(torch.optim.Adam, lr=0.05)
+    run = fit(model, guide, batch, TRAINED[name](), steps=150, optimizer=adam, compile="traced")
+    assert run.level == "traced"
+    after = float(elbo(estimator="enumerate").rows(model, guide, batch).mean())
+    assert after > before + 0.4
+
+
+@pytest.mark.parametrize("options", [COINS, CLASSES], ids=["coins", "classes"])
+def test_discrete_latents_are_judged_by_importance_sampling(options):
+    torch.manual_seed(2)
+    batch = striped()
+    model, guide = vae(batch, hidden=(), **options)
+    fit(model, guide, batch, elbo(estimator="enumerate"), steps=150, compile="eager")
+    exact = enumerated_log_p(model, guide, batch)
+    result = evaluate(model, guide, batch, 4000)
+    torch.testing.assert_close(result.log_p, exact, rtol=0, atol=0.02)
+    bound = elbo(estimator="enumerate").rows(model, guide, batch)
+    assert abs(float((result.elbo - bound).mean())) < 0.1
+    shape = model.prior().event_shape
+    assert result.active["z"].shape == shape
+    varies = guide.posterior(batch["x"]).mean.var(0) > 0.01
+    assert (result.active["z"] == varies).double().mean() > 0.8
+    assert sample(model, 5)["x"].shape == (5, 8)
+    decoded = reconstruct(model, guide, batch, num_draws=64)["x"]
+    assert (decoded - batch["x"]).abs().mean() < 0.5
+
+
+def test_discrete_posteriors_have_a_uniform_prior():
+    batch = striped()
+    for options, uniform, learned in (
+        (COINS, UniformBernoulli, LearnedBernoulli),
+        (CLASSES, UniformOneHot, LearnedOneHot),
+    ):
+        model, guide = vae(batch, hidden=5, **options)
+        assert type(model.prior) is uniform
+        assert not list(model.prior.parameters())
+        fair = 0.5 if options is COINS else 1 / 3
+        torch.testing.assert_close(model.prior().mean, torch.full(model.prior().event_shape, fair))
+        trained, guide = vae(batch, hidden=5, prior=learned, **options)
+        loss = elbo(2, "gumbel").differentiable_loss(trained, guide, batch)
+        (gradient,) = torch.autograd.grad(loss, list(trained.prior.parameters()))
+        assert gradient.abs().sum() > 0
+        again = rebuilt(trained.built_by, batch)
+        again[0].load_state_dict(trained.state_dict())
+
+
+def test_shape_of_the_latent_is_checked():
+    shapes: Any = ((), (3, 0), 0, (2.5,))
+    for latent in shapes:
+        with pytest.raises(ValueError, match="vae: came latent="):
+            vae(striped(), latent=latent)

@@ -51,7 +51,7 @@ def test_the_table_adds_up_to_what_pyro_traces(pair: str, number: int):
         trace.compute_log_prob()
         for site, term in terms.items():
             assert term.shape[:2] == (number, 6)
-            total = particles.total({site: term})
+            total = particles.summed({site: term})
             torch.testing.assert_close(total, trace.nodes[site]["log_prob"])
 
 
@@ -138,13 +138,13 @@ def test_what_lies_outside_the_rows_has_its_own_column():
     particles = table(model, guide, torch.ones(5), number=4)
     assert particles.plan.outside == {"w"}
     assert not particles.local("w")
-    outside = particles.total(particles.prior, outside=True)
-    local = particles.total(particles.prior)
+    outside = particles.summed(particles.prior, outside=True)
+    local = particles.summed(particles.prior)
     assert outside is not None
     assert local is not None
     assert outside.shape == (4,)
     assert local.shape == (4, 5)
-    assert particles.total({}, outside=True) is None
+    assert particles.summed({}, outside=True) is None
     w = particles.samples["w"].squeeze()
     torch.testing.assert_close(outside, dist.Normal(0.0, 1.0).log_prob(w).sum(-1))
 

@@ -72,7 +72,7 @@ def test_rows_at_an_outer_dim(subsample: int | None):
     assert plan.subsampled == (("features",) if subsample else ())
     particles = table(model, guide)
     assert particles.likelihood["x"].shape == (3, 4, subsample or 6)
-    total = particles.total(particles.likelihood)
+    total = particles.summed(particles.likelihood)
     assert total is not None
     assert total.shape == (3, 4)
     if subsample:  # the inner plate's 6 / 2 belongs to the row
@@ -249,7 +249,7 @@ def test_auxiliary_sites_of_the_guide_pass():
             )
 
     particles = table(model, guide, torch.ones(4))
-    total = particles.total(particles.posterior)
+    total = particles.summed(particles.posterior)
     wanted = dist.Normal(0.0, 2.0).log_prob(particles.samples["z"])
     torch.testing.assert_close(total, wanted)
 

@@ -729,7 +729,7 @@ def spied(bound: Any, number: int) -> tuple[Objective, list[Tensor]]:
     """An objective and the draws it makes."""
     seen: list[Tensor] = []
 
-    def spy(particles: Particles) -> Tensor:
+    def spy(particles: Particles, step: Tensor) -> Tensor:
         seen.append(particles.samples["z"].detach())
         return torch.zeros(())
 

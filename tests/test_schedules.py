@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro
 import pytest
 import torch
 from pyro.optim import Adam  # type: ignore[attr-defined]
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_vae.compiled import make_step
 from pyro_vae.objectives import beta_vae, elbo, linear, schedules
+from pyro_vae.objectives.schedules import (
+    SCHEDULES,
+    cosine,
+    cyclical,
+    exponential,
+    parse,
+    piecewise,
+)
 from tests.small_pairs import Guide, LinearModel, data
 
 
@@ -22,10 +33,139 @@ def test_a_schedule_says_what_it_is():
     assert "linear(4, 0.5, 2.5)" in repr(beta_vae(linear(4, 0.5, 2.5)))
 
 
-@pytest.mark.parametrize("steps", [0, -3])
-def test_linear_refuses(steps: int):
-    with pytest.raises(ValueError, match=f"steps={steps}"):
-        linear(steps)
+EXPECTED = {
+    "linear(4, 0.5, 2.5)": {0: 0.5, 1: 1.0, 4: 2.5, 5: 2.5, 10**9: 2.5},
+    "cosine(6, 3, 1)": {0: 3.0, 2: 2.5, 3: 2.0, 4: 1.5, 6: 1.0, 10**9: 1.0},
+    # the second cycle begins at step 4, and each rises for 2 steps
+    "cyclical(8, 2, 0.5, 0, 1)": {0: 0.0, 1: 0.5, 2: 1.0, 3: 1.0, 4: 0.0, 5: 0.5, 7: 1.0, 8: 1.0}
+    | {9: 1.0, 10**9: 1.0},
+    "cyclical(10, 4, 1, 2, 4)": {0: 2.0, 1: 2.8, 2: 3.6, 3: 2.4, 5: 2.0, 10: 4.0, 11: 4.0},
+    "exponential(0.5, 0.2, 2, 3)": {0: 2.0, 2: 2.0, 3: 2 * math.exp(-1.5), 5: 2 * math.exp(-1.5)}
+    | {6: 0.2, 10**9: 0.2},
+    "piecewise((2, 1), (4, 3), (8, 0))": {0: 1.0, 2: 1.0, 3: 2.0, 4: 3.0, 6: 1.5, 8: 0.0, 9: 0.0},
+    "piecewise((5, 0.7))": {0: 0.7, 5: 0.7, 9: 0.7},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", EXPECTED)
+def test_values(name: str, dtype: torch.dtype):
+    """At the start, inside, at the end and far beyond; ``parse`` reads what a schedule says of
+    itself."""
+    schedule = parse(name)
+    assert schedule is not None
+    assert schedule.__qualname__ == name
+    kept = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        for step, wanted in EXPECTED[name].items():
+            came = schedule(torch.tensor(step))
+            assert came.dtype == dtype
+            assert came.shape == ()
+            assert float(came) == pytest.approx(wanted, rel=8 * torch.finfo(dtype).eps)
+    finally:
+        torch.set_default_dtype(kept)
+
+
+def test_every_schedule_has_a_name_and_expected_values():
+    assert {name.split("(")[0] for name in EXPECTED} == set(SCHEDULES)
+    assert all(make.__name__ == name for name, make in SCHEDULES.items())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "name"),
+    [
+        (linear(10), "linear(10, 0, 1)"),
+        (linear(1234567, start=1e-9), "linear(1234567, 1e-09, 1)"),
+        (cosine(steps=1000), "cosine(1000, 0, 1)"),
+        (cyclical(1000), "cyclical(1000, 4, 0.5, 0, 1)"),
+        (exponential(3e-5, 0.5), "exponential(3e-05, 0.5, 1, 1)"),
+        (piecewise((10, 0), (20, 1.0)), "piecewise((10, 0), (20, 1))"),
+    ],
+    ids=lambda part: getattr(part, "__qualname__", ""),
+)
+def test_names(schedule: schedules.Schedule, name: str):
+    assert schedule.__qualname__ == name
+    same, step = parse(name), torch.tensor(7)
+    assert same is not None
+    assert torch.equal(same(step), schedule(step))
+
+
+def test_parse_takes_names_of_arguments():
+    schedule = parse(" cyclical(8, cycles=2)")
+    assert schedule is not None
+    assert schedule.__qualname__ == "cyclical(8, 2, 0.5, 0, 1)"
+
+
+@pytest.mark.parametrize("text", ["0.5", "dreg", "(1, 2)", "{'z': 2}", "-inf", "a b", ""])
+def test_parse_leaves_what_is_no_call(text: str):
+    assert parse(text) is None
+
+
+REFUSED = {
+    "steep(3)": r"'steep\(3\)'.*'linear'",
+    "os.getcwd()": "wanted one of",
+    "linear()": r"'linear\(\)', wanted linear\(steps, start, end\)",
+    "linear(a)": r"'linear\(a\)', wanted linear",
+    "linear('a')": "wanted linear",
+    "linear(1, 2, 3, 4)": "wanted linear",
+    "linear(1, ende=3)": "wanted linear",
+    "linear(*[1, 2])": "wanted linear",
+    "piecewise(3)": r"wanted piecewise\(points\)",
+    "linear(0)": "linear: came steps=0, wanted a positive number",
+    "linear(-3)": "linear: came steps=-3",
+    "cosine(0)": "cosine: came steps=0",
+    "cyclical(0)": "cyclical: came steps=0",
+    "cyclical(9, 0)": "cyclical: came cycles=0",
+    "cyclical(9, 2, 0)": r"cyclical: came ratio=0, wanted a number in \(0, 1\]",
+    "cyclical(9, 2, 1.5)": "cyclical: came ratio=1.5",
+    "exponential(0, 1)": "exponential: came rate=0",
+    "exponential(1, 1, 1, 0)": "exponential: came every=0",
+    "piecewise()": r"piecewise: came \(\)",
+    "piecewise((3, 1), (3, 2))": r"piecewise: came \(\(3, 1\), \(3, 2\)\), wanted .* rising steps",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_refused(text: str):
+    with pytest.raises(ValueError, match=REFUSED[text]):
+        parse(text)
+
+
+def test_a_graph_reads_the_step():
+    """All schedules in one graph, each with a weight of its own."""
+    every = [parse(name) for name in EXPECTED]
+
+    def beta(step: torch.Tensor) -> torch.Tensor:
+        values = [schedule(step) for schedule in every if schedule is not None]
+        return torch.stack([0.1 * (i + 1) * value for i, value in enumerate(values)]).sum()
+
+    x = data()
+    losses: dict[str, list[float]] = {"eager": [], "traced": [], "by hand": []}
+    for level in ("eager", "traced"):
+        torch.manual_seed(0)
+        loss = beta_vae(beta)(LinearModel(), Guide())
+        parameters = list(loss.parameters())
+        step = make_step(loss, parameters, torch.optim.SGD(parameters, lr=0.0), level=level)
+        for _ in range(11):
+            torch.manual_seed(3)
+            losses[level].append(float(step(x)))
+    torch.manual_seed(0)
+    pair = LinearModel(), Guide()
+    for i in range(11):
+        torch.manual_seed(3)
+        weights = [0.1 * (place + 1) for place in range(len(every))]
+        number = sum(w * at(name, i) for w, name in zip(weights, EXPECTED, strict=True))
+        losses["by hand"].append(beta_vae(number).loss(*pair, x) / len(x))
+    assert losses["eager"] == pytest.approx(losses["by hand"])
+    assert losses["traced"] == pytest.approx(losses["by hand"])
+    assert len(set(losses["eager"])) == 11
+
+
+def at(name: str, step: int) -> float:
+    schedule = parse(name)
+    assert schedule is not None
+    return float(schedule(torch.tensor(step)))
 
 
 def test_value_takes_numbers_and_schedules():

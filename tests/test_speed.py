@@ -28,7 +28,7 @@ from benchmarks.speed.competitors import COMPETITORS, Competitor, flop
 from benchmarks.speed.options import Options, Results
 from benchmarks.speed.process import Failed, Worker, cores, interleaved, quartiles
 from benchmarks.speed.runner import Runner, losses, picked, timed, trained
-from pyro_vae.objectives.recipes import recipes
+from pyro_vae.objectives.specs import recipes
 
 ROOT = Path(__file__).parents[1]
 SMALL = {name: replace(case, batch=8, rows=32) for name, case in CASES.items()}

@@ -20,7 +20,7 @@ from benchmarks.speed.process import Failed, Worker, cores, one_line
 from pyro_vae import conditionals, pairs
 from pyro_vae.compiled import make_step
 from pyro_vae.nn import conv_resnet, convolutional, dense_resnet
-from pyro_vae.objectives.recipes import arguments, parse, recipes
+from pyro_vae.objectives.specs import arguments, parse, recipes
 from tests.small_pairs import PAIRS as SMALL
 from tests.small_pairs import data as small_data
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -58,12 +57,7 @@ def numbers(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 def evaluates(optimizer: Optimizer) -> bool:
     """Whether an optimizer's step evaluates the loss itself, as LBFGS does."""
-    return _asks_for_closure(type(optimizer))
-
-
-@cache
-def _asks_for_closure(kind: type[Optimizer]) -> bool:
-    closure = inspect.signature(kind.step).parameters.get("closure")
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 
 

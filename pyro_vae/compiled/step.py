@@ -14,7 +14,7 @@ from pyro_vae.compiled.precision import PRECISIONS
 from pyro_vae.compiled.trial import Trial
 from pyro_vae.compiled.ways import Eager, Given, Gradients, Refused, Way, Whole, given, turned
 from pyro_vae.compiled.worth import check_level, not_worth
-from pyro_vae.objectives.objective import ObjectiveModule
+from pyro_vae.objectives.loss import ObjectiveModule
 
 __all__ = ["Step", "make_step"]
 

@@ -73,6 +73,7 @@ class Eager:
 
     def __init__(self, step: Step) -> None:
         self.step = step
+        self.evaluates = optimizers.evaluates(step.optimizer)
 
     def __call__(self, batches: Sequence[Given]) -> Tensor:
         step, loss = self.step, self.step.loss
@@ -92,7 +93,7 @@ class Eager:
             losses.append(value)
             return value
 
-        if optimizers.evaluates(step.optimizer):
+        if self.evaluates:
             step.optimizer.step(closure)
         else:
             with torch.enable_grad():

@@ -13,7 +13,12 @@ from pyro_vae.conditionals.discrete import (
     Binomial,
     Categorical,
     ContinuousBernoulli,
+    LearnedBernoulli,
+    LearnedOneHot,
     NegativeBinomial,
+    OneHotCategorical,
+    UniformBernoulli,
+    UniformOneHot,
 )
 from pyro_vae.conditionals.gaussian import (
     DiagonalGaussian,
@@ -33,10 +38,15 @@ __all__ = [
     "DiagonalGaussian",
     "DiscretizedLogisticMixture",
     "Gaussian",
+    "LearnedBernoulli",
+    "LearnedOneHot",
     "LogisticMixture",
     "NegativeBinomial",
     "Network",
+    "OneHotCategorical",
     "OptimalSigma",
     "StandardNormal",
     "StudentT",
+    "UniformBernoulli",
+    "UniformOneHot",
 ]

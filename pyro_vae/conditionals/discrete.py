@@ -17,11 +17,31 @@ from torch.nn.functional import logsigmoid, softplus
 
 from pyro_vae.conditionals import marginal
 from pyro_vae.conditionals.continuous_bernoulli import ExactContinuousBernoulli
-from pyro_vae.conditionals.network import Network, at_one, independent, outputs, positive, several
+from pyro_vae.conditionals.network import (
+    Constant,
+    Network,
+    at_one,
+    independent,
+    outputs,
+    positive,
+    several,
+)
 from pyro_vae.conditionals.special import HALF_LOG_2PI, remainder
 from pyro_vae.nn.affine import Affine
+from pyro_vae.nn.leading import Reshape
 
-__all__ = ["Bernoulli", "Binomial", "Categorical", "ContinuousBernoulli", "NegativeBinomial"]
+__all__ = [
+    "Bernoulli",
+    "Binomial",
+    "Categorical",
+    "ContinuousBernoulli",
+    "LearnedBernoulli",
+    "LearnedOneHot",
+    "NegativeBinomial",
+    "OneHotCategorical",
+    "UniformBernoulli",
+    "UniformOneHot",
+]
 
 
 class Bernoulli(nn.Module):
@@ -183,6 +203,71 @@ class Categorical(nn.Module):
         return independent(dist.Categorical(logits=logits), len(self.event_shape))
 
 
+class OneHotCategorical(nn.Module):
+    """One of C classes as an indicator vector, for each entry: the last axis of the event has the C
+    classes. As a latent it has a relaxation, which numbers of classes have not.
+
+    Args:
+        net: ``parents -> logits [..., *event]``.
+        event_shape: ``[*entries, C]``.
+    """
+
+    def __init__(self, net: nn.Module, event_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.net, self.event_shape = net, tuple(event_shape)
+        if len(self.event_shape) < 1:
+            raise ValueError("OneHotCategorical: event_shape came [], wanted [*entries, classes]")
+
+    @staticmethod
+    def takes(data: Tensor) -> bool:
+        """Whether all observed rows along the last axis hold one 1 and 0 besides."""
+        return Bernoulli.takes(data) and bool((data.nan_to_num().sum(-1) <= 1).all())
+
+    @classmethod
+    def build(
+        cls, network: Network, event_shape: Sequence[int], data: Tensor | None = None
+    ) -> OneHotCategorical:
+        """Make the network too; with ``data`` it starts from the class frequencies."""
+        flat = (math.prod(event_shape),)
+        net = nn.Sequential(network(flat), Reshape(flat, event_shape))
+        if data is not None:
+            net.append(Affine(marginal.mean(data).clamp(min=1e-3).log()))
+        return cls(net, event_shape)
+
+    def forward(self, *parents: Tensor) -> TorchDistribution:
+        """OneHotCategorical with event ``[*entries, C]``."""
+        logits = outputs(self, self.net, parents, *self.event_shape)
+        return independent(_OneHotCategorical(logits=logits), len(self.event_shape) - 1)
+
+
+class UniformBernoulli(Bernoulli):
+    """The prior of independent fair coins: ``UniformBernoulli(200)``."""
+
+    def __init__(self, *event_shape: int) -> None:
+        super().__init__(Constant(event_shape), event_shape)
+
+
+class LearnedBernoulli(Bernoulli):
+    """The prior of independent coins, fair at the start."""
+
+    def __init__(self, *event_shape: int) -> None:
+        super().__init__(Constant(event_shape, learned=True), event_shape)
+
+
+class UniformOneHot(OneHotCategorical):
+    """The prior of independent classes, all alike: ``UniformOneHot(20, 10)`` has 20 of 10 each."""
+
+    def __init__(self, *event_shape: int) -> None:
+        super().__init__(Constant(event_shape), event_shape)
+
+
+class LearnedOneHot(OneHotCategorical):
+    """The prior of independent classes, all alike at the start."""
+
+    def __init__(self, *event_shape: int) -> None:
+        super().__init__(Constant(event_shape, learned=True), event_shape)
+
+
 class NegativeBinomial(nn.Module):
     """Counts 0, 1, ... without end, more variable than Poisson's.
 
@@ -288,6 +373,17 @@ class _Bernoulli(dist.Bernoulli):  # type: ignore[misc]
     def log_prob(self, value: Tensor) -> Tensor:
         log_prob: Tensor = super().log_prob(value.to(self.logits.dtype))
         return log_prob
+
+
+class _OneHotCategorical(dist.OneHotCategorical):
+    """Pyro's OneHotCategorical, whose draws ask the host for the number of classes."""
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        with torch.no_grad():
+            shape = self._extended_shape(torch.Size(sample_shape))
+            classes = self._categorical.sample(torch.Size(sample_shape))[..., None]
+            zeros = torch.zeros(shape, dtype=self.logits.dtype, device=self.logits.device)
+            return zeros.scatter(-1, classes, 1.0)
 
 
 class _Binomial(dist.Binomial):

@@ -11,10 +11,26 @@ from torch import Tensor, nn
 
 from pyro_vae.nn.leading import Reshape
 
-__all__ = ["Network", "at_one", "independent", "outputs", "positive", "several"]
+__all__ = ["Constant", "Network", "at_one", "independent", "outputs", "positive", "several"]
 
 Network = Callable[[Sequence[int]], nn.Module]
 """Makes a network by the shape it returns: ``network(shape)(parent)`` is ``[..., *shape]``."""
+
+
+class Constant(nn.Module):
+    """What a network without parents returns: zeros ``[*shape]``, from which ``learned`` ones start."""
+
+    values: Tensor
+
+    def __init__(self, shape: Sequence[int], learned: bool = False) -> None:
+        super().__init__()
+        if learned:
+            self.values = nn.Parameter(torch.zeros(*shape))
+        else:  # a buffer, so that .to(device) moves it; nothing to save
+            self.register_buffer("values", torch.zeros(*shape), persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.values
 
 
 def outputs(owner: nn.Module, net: nn.Module, parents: Sequence[Tensor], *shape: int) -> Tensor:

@@ -86,9 +86,9 @@ def active_units(mean: Tensor) -> Tensor:
 def _terms(particles: Particles) -> dict[tuple[str, str], Tensor]:
     """Kind and site -> ``[K, B, ...]``."""
     zero = torch.zeros(())
-    rates, likelihood = Analytic()(particles, zero), particles.total(particles.likelihood)
+    rates, likelihood = Analytic()(particles, zero), particles.summed(particles.likelihood)
     # With every term at the same draws, little is left to chance where the guide is good.
-    rate = particles.total(MonteCarlo()(particles, zero))
+    rate = particles.summed(MonteCarlo()(particles, zero))
     assert likelihood is not None
     terms = {("elbo", ""): likelihood if rate is None else likelihood - rate}
     terms |= {("rate", site): term for site, term in rates.items()}

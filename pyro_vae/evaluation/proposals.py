@@ -137,7 +137,7 @@ def _mixed(
 
 def _log_w(particles: Particles, share: float) -> Tensor:
     likelihood, prior, posterior = (
-        torch.zeros(()) if (total := particles.total(terms)) is None else total
+        torch.zeros(()) if (total := particles.summed(terms)) is None else total
         for terms in (particles.likelihood, particles.prior, particles.posterior)
     )
     if share:

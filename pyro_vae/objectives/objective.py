@@ -7,9 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
-from pyro.infer.elbo import ELBO, ELBOModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,23 +15,33 @@ from pyro_vae.batch import Batch
 from pyro_vae.objectives import estimators
 from pyro_vae.objectives.bounds import Bound, Elbo
 from pyro_vae.objectives.estimators import Estimator
+from pyro_vae.objectives.loss import Loss, Program, identity
 from pyro_vae.objectives.particles import Boundary, Particles, log_q_at_rest, run
 from pyro_vae.objectives.plan import Plan, SitesChanged, factor_blockers, make_plan
 from pyro_vae.objectives.rates import MonteCarlo, Rate
 from pyro_vae.objectives.swap import Rewound, owner
 
-__all__ = ["Objective", "ObjectiveModule", "refusal"]
+__all__ = ["Objective", "refusal"]
 
-Program = Callable[..., Any]
-Penalty = Callable[[Particles], Tensor]
+Penalty = Callable[[Particles, Tensor], Tensor]
 _MAX_PLANS = 64
+_TINY = 1e-20  # the least weight with which a gradient is sent through the model
 
 
-def refusal(bound: Bound, estimator: Estimator, rate: Rate) -> str | None:
-    """Why a combination is refused, naming both parts; None if its gradient is unbiased."""
-    if rate.analytic and not bound.linear:
-        return f"rate {rate!r} inside bound {bound!r} is no bound; use MonteCarlo()"
-    if why := estimator.refusal(bound):
+def refusal(bound: Bound, estimator: Estimator, rate: Rate, num_particles: int) -> str | None:
+    """Why a combination is refused, naming both parts; None if it is not."""
+    if not (bound.linear and bound.guide.linear):
+        if rate.coupled:
+            return (
+                f"rate {rate!r} is no sum over rows, which bound {bound!r} asks for; use the elbo"
+            )
+        if rate.analytic:
+            return f"rate {rate!r} inside bound {bound!r} is no bound; use MonteCarlo()"
+    if num_particles < bound.min_particles:
+        return (
+            f"bound {bound!r}: came num_particles={num_particles}, wanted >= {bound.min_particles}"
+        )
+    if why := estimator.refusal(bound, num_particles):
         return f"estimator {estimator!r} with bound {bound!r}: {why}"
     return None
 
@@ -57,7 +65,7 @@ class _Chunk:
     late: bool  # sites outside the rows may depend on the rows' draws
 
 
-class Objective(ELBO):
+class Objective(Loss):
     """A loss for a Pyro model and guide, made of orthogonal parts.
 
     ``objective(model, guide)`` is an ``nn.Module`` whose call returns the loss; the objective itself
@@ -68,12 +76,13 @@ class Objective(ELBO):
         bound: log weights ``[K, B]`` -> ``[B]``.
         estimator: how its gradient is taken, an ``Estimator`` or its name.
         rate: what weighs log q - log p(z).
-        penalties: callables of the ``Particles`` that return nats per row, ``[]`` or ``[B]``; those
-            that are modules own parameters, which are trained with the rest. With ``chunk``, the
-            mean over chunks.
+        penalties: callables of the ``Particles`` and the step that return nats per row, ``[]`` or
+            ``[B]``. With ``chunk``, the mean over chunks.
         num_particles: K.
         chunk: particles processed at a time. Value and gradient stay what they are, training memory
             does not grow with K. ``chunk=1`` runs particle by particle without a particle dim.
+
+    Parts that are modules own parameters or buffers, which are trained, saved and moved with the rest.
 
     Raises:
         ValueError: a refused combination, naming both parts; at the first call, a pair that the
@@ -93,60 +102,23 @@ class Objective(ELBO):
         for name, number in numbers.items():
             if not isinstance(number, int) or number < 1:
                 raise ValueError(f"Objective: came {name}={number!r}, wanted a whole number >= 1")
-        super().__init__(num_particles=num_particles, vectorize_particles=True)
+        super().__init__(num_particles)
         self.bound = bound or Elbo()
         self.estimator = estimators.get(estimator)
         self.rate = rate or MonteCarlo()
         self.penalties = tuple(penalties)
         self.chunk = chunk
-        self.modules = nn.ModuleList(p for p in self.penalties if isinstance(p, nn.Module))
-        if why := refusal(self.bound, self.estimator, self.rate):
+        parts: Iterable[Any] = (self.estimator, self.rate, *self.penalties)
+        self.modules = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
+        if why := refusal(self.bound, self.estimator, self.rate, num_particles):
             raise ValueError(f"Objective: {why}")
         self._plans: dict[Any, Plan] = {}
-        self._steps: dict[Any, tuple[Program, Program, Tensor]] = {}  # of each pair under SVI
 
     @property
     def recomputes(self) -> bool:
         """Whether backward runs the programs again, chunk by chunk."""
-        return self.chunk is not None and self.chunk < self.num_particles
-
-    def __call__(self, model: Program, guide: Program) -> ObjectiveModule:
-        """The loss of a pair as a module that holds the parameters of model, guide and objective."""
-        return ObjectiveModule(model, guide, self)
-
-    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kw: Any) -> Tensor:
-        """The loss as a scalar tensor, at the step that ``SVI`` has reached with this pair."""
-        return self.loss_and_rows(model, guide, args, kw, self._step(model, guide))[0]
-
-    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """The loss as a number, without gradient."""
-        with torch.no_grad():
-            return float(self.differentiable_loss(model, guide, *args, **kwargs))
-
-    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss, its gradient added to the parameters; advances the schedules by one step."""
-        if len(self.modules):
-            pyro.module(
-                f"objective_{id(self.modules)}", self.modules
-            )  # the store has one name each
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        if loss.requires_grad:
-            loss.backward()
-        step = self._step(model, guide) + 1
-        self._steps[_identity(model), _identity(guide)] = model, guide, step
-        return loss.detach()
-
-    def _step(self, model: Program, guide: Program) -> Tensor:
-        pair = _identity(model), _identity(guide)
-        return self._steps[pair][2] if pair in self._steps else torch.zeros((), dtype=torch.long)
-
-    def rows(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """The bound of each row ``[B]`` in nats, without gradient, N / B or row weights.
-
-        Raises:
-            ValueError: no plate over rows.
-        """
-        return self.rows_at(model, guide, args, kwargs, self._step(model, guide))
+        several = self.estimator.enumerates  # how many, the plan says
+        return self.chunk is not None and (several or self.chunk < self.num_particles)
 
     def rows_at(
         self,
@@ -188,16 +160,13 @@ class Objective(ELBO):
         for program in (model, guide):
             module = owner(program)
             training = None if module is None else module.training
-            programs.append((*_identity(program), training))
+            programs.append((*identity(program), training))
         return (
             *programs,
             (batch.sites, batch.incomplete) if batch is not None else None,
             tuple(map(type, args)),
             tuple((name, type(value)) for name, value in kwargs.items()),
         )
-
-    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
-        raise NotImplementedError("an Objective fills Particles, not a pair of traces")
 
     def _admit(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse a pair that the parts can't train without bias."""
@@ -214,11 +183,8 @@ class Objective(ELBO):
                     "subsampled, which is no bound; use the elbo, or the whole plate"
                 )
         for site in plan.unreparameterized:
-            if not self.estimator.scores(site, False):
-                raise ValueError(
-                    f"estimator {self.estimator!r}: site {site!r} of the guide has no rsample and "
-                    "would not be trained; use estimator='score'"
-                )
+            if why := self.estimator.untrained(site, plan):
+                raise ValueError(f"estimator {self.estimator!r}: site {site!r} of the guide {why}")
         for site in plan.drawn_parents:
             if not self.estimator.scores(site, False):
                 raise ValueError(
@@ -226,6 +192,18 @@ class Objective(ELBO):
                     "without rsample and other sites depend on them, so its parameters would get no "
                     "gradient; use estimator='score', or put the site into the guide"
                 )
+        if plan.drawn_parents and self.bound.guide is not self.bound:
+            raise ValueError(
+                f"bound {self.bound!r}: missing entries of sites {sorted(plan.drawn_parents)} are drawn "
+                "by their score, which belongs to the model's bound and to the guide's; use one bound"
+            )
+        if self.penalties and self.estimator.enumerates:
+            raise ValueError(
+                f"estimator {self.estimator!r} with penalty {self.penalties[0]!r}: penalties see "
+                "particles as draws; use another estimator"
+            )
+        if self.rate.coupled:
+            self._admit_coupled(plan)
         if self.estimator.boundary:
             blockers = dict(plan.score_blockers)
             if not blockers and not self.bound.linear:
@@ -234,6 +212,24 @@ class Objective(ELBO):
                 raise ValueError(
                     f"estimator {self.estimator!r}: site {site!r}: {why}; use estimator='pathwise'"
                 )
+
+    def _admit_coupled(self, plan: Plan) -> None:
+        """A rate that couples rows has no term of each row that a score could be weighed by."""
+        scores, every = self.estimator.scores, self.estimator.enumerates
+        scored = [site for site in plan.discrete if every or scores(site, False)]
+        scored += [*plan.drawn_parents, *(site for site in plan.latents if scores(site, True))]
+        if scored:
+            how = "enumeration" if every else "its score"
+            raise ValueError(
+                f"rate {self.rate!r}: site {scored[0]!r} is trained by {how} (estimator "
+                f"{self.estimator!r}), which asks for a sum over rows; use another rate, or a relaxation"
+            )
+        sampled = sorted(set(plan.latents) - plan.analytic)
+        if self.estimator.boundary and (sampled or not self.rate.analytic):
+            raise ValueError(
+                f"rate {self.rate!r}: the KL of site {(sampled or list(plan.latents))[0]!r} is Monte "
+                f"Carlo, whose score estimator {self.estimator!r} drops; use estimator='pathwise'"
+            )
 
     def loss_and_rows(
         self,
@@ -257,24 +253,27 @@ class Objective(ELBO):
         rows = first.plate_scale
         if log_w is not None:
             known, rows = log_w.detach(), log_w.shape[1] * rows
-            if (rest := _join(c.rest for c in chunks)) is not None:
-                log_w = log_w - rest
-            weights = self.bound.weights(known)
+            weights = self.estimator.weights(self.bound, known)
+            if first.boundary is not None:
+                path = self.estimator.path(self.bound, known, first.beta)
+                if path is not None:
+                    weights, factor = _apart(weights, path, known)
+                    for c, part in zip(chunks, factor.split([c.size for c in chunks]), strict=True):
+                        c.boundary.factor = part  # type: ignore[union-attr]
             # an impossible particle counts nothing, while 0 times -inf is no number
             linear = torch.where(weights == 0, torch.zeros_like(weights), weights * log_w)
+            if (rest := _join(c.rest for c in chunks)) is not None:
+                linear = linear - self.bound.guide.weights(known) * rest
             if (score := _join(c.score for c in chunks)) is not None:
                 if first.late and outside is not None:  # through these, rows depend on each other
                     reward = outside.detach() + (weight * known).sum(1)
                     surrogate = surrogate - (reward @ score).sum() / self.num_particles
                 else:
-                    linear = linear + self.bound.reward(known) * score
+                    scores, cost = self.estimator.reward(self.bound, known, args)
+                    linear = linear + scores * score
+                    surrogate = surrogate if cost is None else surrogate + cost
             value = value - (weight * self.bound(known)).sum()
             surrogate = surrogate - (weight * linear).sum()
-            if first.boundary is not None:
-                factor = self.estimator.factor(self.bound, known, first.beta)
-                if factor is not None:
-                    for c, part in zip(chunks, factor.split([c.size for c in chunks]), strict=True):
-                        c.boundary.factor = part  # type: ignore[union-attr]
         if outside is not None:
             value = value - outside.detach().mean()
             surrogate = surrogate - outside.mean()
@@ -310,16 +309,19 @@ class Objective(ELBO):
     def _passes(
         self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], step: Tensor
     ) -> list[_Chunk]:
-        chunk = min(self.chunk or self.num_particles, self.num_particles)
-        whole, left = divmod(self.num_particles, chunk)
+        number = self.estimator.particles(plan, self.num_particles)
+        chunk = min(self.chunk or number, number)
+        whole, left = divmod(number, chunk)
         sizes = [chunk] * whole + ([left] if left else [])
         differentiable = torch.is_grad_enabled()
         chunks: list[_Chunk] = []
         for size in sizes:
-            boundary = Boundary() if self.estimator.boundary and differentiable else None
+            apart = self.estimator.boundary or self.bound.guide is not self.bound
+            boundary = Boundary(self.estimator.boundary) if apart and differentiable else None
             # all particles of a row look at the same data
             subsamples = chunks[0].subsamples if chunks else None
-            inputs = (plan, args, kwargs, step, size, boundary, subsamples)
+            first = sum(done.size for done in chunks)
+            inputs = (plan, args, kwargs, step, first, size, boundary, subsamples)
             if len(sizes) == 1 or not differentiable:
                 chunks.append(self._chunk(*inputs))
             else:  # recomputed in backward: only log weights stay in memory
@@ -339,6 +341,7 @@ class Objective(ELBO):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         step: Tensor,
+        first: int,
         size: int,
         boundary: Boundary | None,
         subsamples: dict[str, Tensor] | None,
@@ -351,6 +354,7 @@ class Objective(ELBO):
                 boundary=boundary,
                 scores=scores,
                 subsamples=subsamples,
+                treatment=self.estimator.treatment(plan, step, first, size),
             )
         except Exception as error:
             if size > 1 and not isinstance(error, SitesChanged):  # the plan's one particle ran
@@ -359,27 +363,32 @@ class Objective(ELBO):
                     "take this dim, chunk=1 runs particle by particle without it"
                 )
             raise
-        if self.bound.linear:  # E[grad log q] = 0: noise that a mean over particles can do without
+        if not self.estimator.keeps_score(self.bound):
             scored = particles.score.keys() & particles.posterior.keys()
             particles.posterior |= {site: particles.posterior[site].detach() for site in scored}
         rate = {site: -term for site, term in self.rate(particles, step).items()}
         log_w, outside = (
-            _add(particles.total(particles.likelihood, out), particles.total(rate, out))
+            _add(particles.summed(particles.likelihood, out), particles.summed(rate, out))
             for out in (False, True)
         )
+        if log_w is not None:
+            log_w = particles.counted(log_w)
         beta: float | Tensor = 1.0
         rest = None
-        if boundary is not None and not self.bound.linear:
+        if self.estimator.boundary and boundary is not None and not self.bound.guide.linear:
             beta, rest = self._split_betas(particles, args, kwargs, step)
         return _Chunk(
             size=size,
             log_w=log_w,
             outside=outside,
-            score=particles.total(particles.score),
-            outside_score=particles.total(particles.score, outside=True),
+            score=particles.summed(particles.score),
+            outside_score=particles.summed(particles.score, outside=True),
             rest=rest,
             beta=beta,
-            penalty=sum((penalty(particles) for penalty in self.penalties), start=torch.zeros(())),
+            penalty=sum(
+                (penalty(particles, step) for penalty in self.penalties),
+                start=torch.zeros((), device=step.device),
+            ),
             plate_scale=particles.plate_scale,
             scale=particles.scale,
             subsamples=particles.subsamples,
@@ -421,7 +430,7 @@ class Objective(ELBO):
             ).amin()
         log_q = log_q_at_rest(particles, args, kwargs)
         extra = {site: (beta - common) * log_q[site] for site, beta in betas.items()}
-        return common, particles.total(extra)
+        return common, particles.summed(extra)
 
     def __repr__(self) -> str:
         parts = [f"bound={self.bound!r}", f"estimator={self.estimator!r}", f"rate={self.rate!r}"]
@@ -432,42 +441,13 @@ class Objective(ELBO):
         return f"Objective({', '.join(parts)}, num_particles={self.num_particles})"
 
 
-class ObjectiveModule(ELBOModule):
-    """The loss of one pair under one objective: ``module(batch)`` is a scalar to differentiate.
-
-    Its parameters are those of model, guide and objective. Its ``step`` is what schedules read; it
-    advances by one with every call in training mode with gradients on.
-    """
-
-    elbo: Objective
-    step: Tensor
-
-    def __init__(self, model: Program, guide: Program, objective: Objective) -> None:
-        super().__init__(model, guide, objective)  # type: ignore[arg-type]
-        for name, program in (("_model_owner", model), ("_guide_owner", guide)):
-            if not isinstance(program, nn.Module) and (module := owner(program)) is not None:
-                setattr(self, name, module)
-        self.penalties = objective.modules
-        self.register_buffer("step", torch.zeros((), dtype=torch.long))
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.loss_and_rows(*args, **kwargs)[0]
-
-    def rows(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The bound of each row ``[B]`` in nats at the module's step; see ``Objective.rows``."""
-        return self.elbo.rows_at(self.model, self.guide, args, kwargs, self.step)
-
-    def loss_and_rows(self, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
-        """The loss and the number of rows it stands for."""
-        out = self.elbo.loss_and_rows(self.model, self.guide, args, kwargs, self.step.clone())
-        if self.training and torch.is_grad_enabled():
-            self.step += 1
-        return out
-
-
-def _identity(program: Program) -> tuple[int, int]:
-    """Of what is called: a bound method is a new object each time, its owner and function are not."""
-    return id(getattr(program, "__self__", program)), id(getattr(program, "__func__", program))
+def _apart(weights: Tensor, path: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights that are nowhere 0 but at impossible particles, and what the gradient that arrives at a
+    boundary copy is multiplied by, so that it counts ``path``; all ``[K, B]``."""
+    kept = torch.where(weights < 0, weights.clamp(max=-_TINY), weights.clamp(min=_TINY))
+    zero = torch.zeros_like(weights)
+    impossible = log_w == -torch.inf
+    return torch.where(impossible, zero, kept), torch.where(impossible, zero, path / kept)
 
 
 def _join(parts: Iterable[Tensor | None]) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,30 +31,45 @@ from pyro_vae.objectives.tracing import (
     unwrap,
 )
 
-__all__ = ["Boundary", "Particles", "log_q_at_rest", "run"]
+__all__ = ["Boundary", "Particles", "Treatment", "log_q_at_rest", "run"]
 
 
 class Boundary:
-    """Boundary copies of samples, on which DReG's ``factor`` meets the arriving gradient once.
+    """Boundary copies of samples, on which a ``factor`` meets the arriving gradient once.
 
     The factor is a function of all particles' log weights, so it is set after the pass and read by
     the hooks during backward.
+
+    Args:
+        constant: log q is taken with constant guide parameters. Otherwise its densities are boundary
+            copies too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, constant: bool = True) -> None:
+        self.constant = constant
         self.factor: Tensor | None = None
 
     def copy(self, value: Tensor, event_dim: int, plan: Plan, local: bool) -> Tensor:
+        return self._copy(value, local, lambda f: plan.spread(f, value.shape, event_dim))
+
+    def density(self, log_q: Tensor, local: bool) -> Tensor:
+        """The same of log densities ``[K, B, *rest]``."""
+        return self._copy(log_q, local, lambda f: f[(...,) + (None,) * (log_q.dim() - 2)])
+
+    def _copy(self, value: Tensor, local: bool, spread: Callable[[Tensor], Tensor]) -> Tensor:
         copy = value.view_as(value)
         if local and copy.requires_grad:
-
-            def weigh(grad: Tensor) -> Tensor:
-                if self.factor is None:
-                    return grad
-                return grad * plan.spread(self.factor, grad.shape, event_dim)
-
-            copy.register_hook(weigh)
+            copy.register_hook(lambda g: g if self.factor is None else g * spread(self.factor))
         return copy
+
+
+class Treatment(Messenger):
+    """What an estimator makes of the guide's discrete draws in one pass: a handler that stands around
+    the guide and then around the model."""
+
+    def share(self, particles: Particles) -> Tensor | None:
+        """What each particle counts, ``[K, B]``, where they are no draws; None: all alike."""
+        return None
 
 
 @dataclass
@@ -63,11 +79,13 @@ class Particles:
 
     Attributes:
         samples: the guide's draws ``[K, B, *event]``, attached to its parameters.
+        share: what each particle counts ``[K, B]``, where a treatment says so.
         likelihood: log p of what is observed.
         prior: log p of what the guide drew.
         posterior: log q of what the guide drew.
         score: log density of the draws that are trained through their score, values detached.
         subsamples: the rows that plates drew.
+        total: N, the rows of the data set that these are of.
         common_scale: all local sites share one user scale.
         plate_scale: N / B of the row plate.
         scale: that times the user's scale, if all local sites share one.
@@ -86,6 +104,8 @@ class Particles:
     scale: float | Tensor
     guide: dict[str, Site]
     model: dict[str, Site]
+    total: int = 0
+    share: Tensor | None = None
 
     def local(self, site: str) -> bool:
         return site not in self.plan.outside
@@ -97,7 +117,7 @@ class Particles:
         scales = {s: (self.model[s]["scale"], self.guide[s]["scale"]) for s in self.plan.analytic}
         return frozenset(site for site, (p, q) in scales.items() if close(p, q) is not False)
 
-    def total(self, terms: Mapping[str, Tensor], outside: bool = False) -> Tensor | None:
+    def summed(self, terms: Mapping[str, Tensor], outside: bool = False) -> Tensor | None:
         """Sum of terms to ``[K, B]`` over the local sites, or to ``[K]`` over the ones outside."""
         keep = 1 if outside else 2
         parts = [
@@ -118,6 +138,16 @@ class Particles:
         log_prob, event_dim = elementwise(unmasked_fn(site), site["value"].detach(), masked=False)
         local = self.local(site["name"])
         return self.plan.canonical(log_prob, event_dim, self.num_particles, local)
+
+    def drawn(self, site: Site, density: Tensor) -> Tensor:
+        """A density of the entries of a guide's site that are not data."""
+        return _where_drawn(self, site, site["infer"].get("observed"), density)
+
+    def counted(self, log_w: Tensor) -> Tensor:
+        """Log weights times what each particle counts, ``[K, B]``; one without a share counts 0."""
+        if self.share is None:
+            return log_w
+        return self.share * torch.where(self.share == 0, torch.zeros_like(log_w), log_w)
 
     def kl(self, site: str) -> Tensor:
         """Analytic KL(q || p) of a latent site, elementwise where it factorizes."""
@@ -180,14 +210,16 @@ def run(
     scores: Callable[[str, bool], bool] | None = None,
     subsamples: Mapping[str, Tensor] | None = None,
     handlers: Iterable[Any] = (),
+    treatment: Treatment | None = None,
 ) -> Particles:
     """One pass of ``num_particles`` vectorised particles.
 
     Args:
-        boundary: run the model on boundary copies and take log q with constant guide parameters.
+        boundary: run the model on boundary copies of the guide's draws.
         scores: ``(site, has_rsample) -> bool``, the sites that are drawn without a path.
         subsamples: the rows that plates drew in an earlier pass, which this one shares.
         handlers: further handlers around the guide (a widened proposal, say).
+        treatment: of the guide's discrete draws.
 
     Raises:
         SitesChanged: the programs have other sites than the plan says.
@@ -196,6 +228,8 @@ def run(
     around_guide: list[Any] = [Replay(subsamples)] if subsamples else []
     if scores:
         around_guide.append(_Detach(scores))
+    treated = [] if treatment is None else [treatment]
+    around_guide += treated
     if batch is not None:
         around_guide.append(Condition(batch, proposing=True))
     guide_sites, guide_rows = trace(
@@ -212,7 +246,8 @@ def run(
     conditioned = [Condition(batch, proposed=draws)] if batch is not None else []
     values = {**(subsamples or {}), **guide_rows, **draws}
     model_sites, model_rows = trace(
-        model, args, kwargs, [Replay(values), *conditioned], num_particles, plan.nesting
+        *(model, args, kwargs, [*treated, Replay(values), *conditioned]),
+        *(num_particles, plan.nesting),
     )
     if plan.sites != site_names(guide_sites, model_sites):
         raise SitesChanged(
@@ -226,13 +261,17 @@ def run(
         guide=guide_sites,
         model=model_sites,
     )
+    particles.total = _rows_of_all(particles) if batch is None else batch.total
     for name, site in guide_sites.items():
         particles.samples[name] = plan.canonical(
             site["value"], site["fn"].event_dim, num_particles, particles.local(name)
         )
     _fill_model(particles, scores)
-    if boundary is None or not guide_sites:
+    if boundary is None or not boundary.constant or not guide_sites:
         _fill_guide(particles, {name: particles._density(s) for name, s in guide_sites.items()})
+        if boundary is not None:
+            for name, log_q in particles.posterior.items():
+                particles.posterior[name] = boundary.density(log_q, particles.local(name))
     elif len(guide_sites) == 1:
         _fill_guide(particles, _constant_in_place(particles, draws))
     else:
@@ -245,7 +284,18 @@ def run(
                     continue
                 observed, density = site["infer"].get("observed"), particles.log_draw(site)
                 particles.score[name] = _where_drawn(particles, site, observed, density)
+    if treatment is not None:
+        particles.share = treatment.share(particles)
     return particles
+
+
+def _rows_of_all(particles: Particles) -> int:
+    """N by the plate over rows."""
+    local = [s for s in particles.model.values() if particles.local(s["name"])]
+    plates = (
+        [f for f in local[0]["cond_indep_stack"] if f.dim in particles.plan.rows] if local else []
+    )
+    return math.prod(int(frame.full_size) for frame in plates)
 
 
 def _fill_model(particles: Particles, scores: Callable[[str, bool], bool] | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,11 +35,13 @@ from pyro_vae.objectives.tracing import (
 )
 
 __all__ = [
+    "Discrete",
     "Plan",
     "Problem",
     "SitesChanged",
     "broadcasts",
     "check_sites",
+    "counted",
     "dependents",
     "factor_blockers",
     "make_plan",
@@ -48,6 +51,20 @@ __all__ = [
 
 
 SUPPORT = 32  # values of a support that are tried
+
+
+class Discrete(NamedTuple):
+    """A site of the guide whose draws have no path.
+
+    Attributes:
+        kind: its innermost distribution's type.
+        values: of one entry, None if they can't be listed.
+        entries: independent ones, of one row.
+    """
+
+    kind: type
+    values: int | None
+    entries: int
 
 
 class SitesChanged(ValueError):
@@ -67,7 +84,7 @@ class Plan:
             (scales that are numbers are compared anew in every pass).
         analytic: latent sites whose KL is known in closed form, given the order of the sites.
         notes: why a site is not among them.
-        unreparameterized: guide sites without ``rsample``.
+        discrete: guide sites that are drawn without ``rsample``.
         drawn_parents: sites drawn from the model without ``rsample`` that densities depend on.
         subsampled: plates inside a row that are subsampled.
         sites: names of the guide's and of the model's sites, and whether each is observed.
@@ -83,12 +100,22 @@ class Plan:
     common_scale: bool
     analytic: frozenset[str]
     notes: tuple[str, ...]
-    unreparameterized: tuple[str, ...]
     drawn_parents: tuple[str, ...]
     subsampled: tuple[str, ...]
     sites: tuple[Any, ...]
     score_blockers: Mapping[str, str] = field(default_factory=dict)
     supports: Mapping[str, Support] = field(default_factory=dict)
+    discrete: Mapping[str, Discrete] = field(default_factory=dict)
+
+    @property
+    def unreparameterized(self) -> tuple[str, ...]:
+        """Names of the guide's sites without ``rsample``."""
+        return tuple(self.discrete)
+
+    @property
+    def latents(self) -> tuple[str, ...]:
+        """Sites of the guide."""
+        return tuple(name for name, _ in self.sites[0])
 
     def canonical(self, tensor: Tensor, event_dim: int, particles: int, local: bool) -> Tensor:
         """``[(K), *plates, *event]`` -> ``[K, B, *rest]``, or ``[K, *rest]`` outside the rows."""
@@ -152,13 +179,6 @@ def make_plan(
         common_scale=_common_scale(local, rows),
         analytic=analytic,
         notes=notes,
-        unreparameterized=tuple(
-            name
-            for name, site in guide_sites.items()
-            if not site["fn"].has_rsample
-            and not site["is_observed"]
-            and site["infer"].get("observed") is not True
-        ),
         drawn_parents=parents,
         subsampled=tuple(
             sorted(
@@ -173,7 +193,24 @@ def make_plan(
         sites=site_names(guide_sites, model_sites),
         score_blockers=blockers,
         supports=supports(model_sites, batch),
+        discrete={
+            name: _discrete(site, () if name in outside else rows)
+            for name, site in guide_sites.items()
+            if not site["fn"].has_rsample
+            and not site["is_observed"]
+            and site["infer"].get("observed") is not True
+        },
     )
+
+
+def _discrete(site: Site, rows: tuple[int, ...]) -> Discrete:
+    fn, values = core(site["fn"]), None
+    if fn.has_enumerate_support:
+        with suppress(NotImplementedError):  # Binomial, where rows differ in their total count
+            values = len(fn.enumerate_support(expand=False))
+    shape, event_dim = site["value"].shape, site["fn"].event_dim
+    of_rows = math.prod(shape[dim - event_dim] for dim in rows)
+    return Discrete(type(fn), values, site["value"].numel() // of_rows // fn.event_shape.numel())
 
 
 class Problem(NamedTuple):
@@ -537,7 +574,7 @@ def factor_blockers(plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         fn, here, from_others = sites[name]["fn"], arriving[name], foreign[name]
         if bool((_first_row(plan, from_others, fn.event_dim) != 0).any()):
             blockers[name] = "densities of other rows depend on its draw, as with BatchNorm"
-        elif bool((here[~_counts(sites[name])] != 0).any()):
+        elif bool((here[~counted(sites[name])] != 0).any()):
             blockers[name] = "its log q is masked where other densities depend on its draw"
     return blockers
 
@@ -558,7 +595,7 @@ def _first_row(plan: Plan, tensor: Tensor, event_dim: int = 0) -> Tensor:
     return tensor[tuple(index)]
 
 
-def _counts(site: Site) -> Tensor:
+def counted(site: Site) -> Tensor:
     """Where log q of a draw is not masked, in the shape of the draw."""
     fn, value = site["fn"], site["value"]
     counts = torch.ones_like(value, dtype=torch.bool)

@@ -2,19 +2,73 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-from ast import literal_eval
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pyro_vae.objectives.bounds import Elbo, Renyi
-from pyro_vae.objectives.estimators import Estimator
-from pyro_vae.objectives.objective import Objective
-from pyro_vae.objectives.rates import Analytic, Beta, MonteCarlo
-from pyro_vae.objectives.schedules import Schedule, linear
+from torch import nn
 
-__all__ = ["arguments", "beta_vae", "elbo", "iwae", "mean_field", "parse", "recipes", "renyi"]
+from pyro_vae.objectives.baselines import LeaveOneOut
+from pyro_vae.objectives.bounds import (
+    Cubo,
+    Elbo,
+    Jackknife,
+    Miwae,
+    Mix,
+    Renyi,
+    Split,
+    Thermodynamic,
+)
+from pyro_vae.objectives.enumeration import Enumerate
+from pyro_vae.objectives.estimators import Estimator, Score, WakeSleep
+from pyro_vae.objectives.objective import Objective
+from pyro_vae.objectives.penalties import (
+    DIP,
+    MMD,
+    Adversarial,
+    MutualInformation,
+    Penalty,
+    Sinkhorn,
+    SlicedWasserstein,
+    TotalCorrelation,
+)
+from pyro_vae.objectives.rates import Analytic, Beta, Capacity, FreeBits, MonteCarlo
+from pyro_vae.objectives.relaxed import Gumbel, StraightThrough
+from pyro_vae.objectives.schedules import Schedule
+
+__all__ = [  # in the order in which they are listed to users
+    "elbo",
+    "mean_field",
+    "iwae",
+    "renyi",
+    "miwae",
+    "ciwae",
+    "piwae",
+    "tvo",
+    "jackknife",
+    "chi",
+    "vimco",
+    "rws",
+    "gumbel",
+    "concrete",
+    "straight_through",
+    "enumerated",
+    "beta_vae",
+    "capacity",
+    "free_bits",
+    "info_vae",
+    "info_mi",
+    "wae_mmd",
+    "aae",
+    "swae",
+    "sinkhorn",
+    "beta_tcvae",
+    "factor_vae",
+    "dip_vae",
+]
+
+
+# ---------------------------------------------------------------------------------------------
+# Bounds
 
 
 def elbo(
@@ -48,9 +102,115 @@ def renyi(
 ) -> Objective:
     """Variational Rényi bound (Li & Turner 2016); ``alpha=float("-inf")`` is VR-max.
 
-    No bound at finite K for ``alpha < 0``.
+    No bound at finite K for ``alpha < 0``. ``estimator="one_particle"`` is the paper's stochastic
+    choice of the particle that is differentiated.
     """
     return Objective(Renyi(alpha), estimator, num_particles=num_particles, **parts)
+
+
+def miwae(
+    groups: int, num_particles: int, estimator: str | Estimator = "pathwise", **parts: Any
+) -> Objective:
+    """Mean of M importance weighted bounds with K / M particles each (Rainforth et al. 2018)."""
+    return Objective(Miwae(groups), estimator, num_particles=num_particles, **parts)
+
+
+def ciwae(
+    beta: float, num_particles: int, estimator: str | Estimator = "pathwise", **parts: Any
+) -> Objective:
+    """beta times the ELBO plus 1 - beta times the importance weighted bound (Rainforth et al. 2018)."""
+    bound = Mix((beta, Elbo()), (1 - beta, Renyi(0.0)))
+    return Objective(bound, estimator, num_particles=num_particles, **parts)
+
+
+def piwae(
+    groups: int, num_particles: int, estimator: str | Estimator = "pathwise", **parts: Any
+) -> Objective:
+    """The model follows the importance weighted bound of K particles, the guide the mean of M with
+    K / M each (Rainforth et al. 2018)."""
+    bound = Split(Renyi(0.0), Miwae(groups))
+    return Objective(bound, estimator, num_particles=num_particles, **parts)
+
+
+def tvo(
+    num_particles: int,
+    partition: int | Sequence[float] = 5,
+    first: float = 0.08,
+    right: bool = False,
+    estimator: str | Estimator = "pathwise",
+    **parts: Any,
+) -> Objective:
+    """Thermodynamic variational objective: left Riemann sum of E_b[log w] over b from 0 to 1 (Masrani
+    et al. 2019), below the importance weighted bound; the right sum is no bound."""
+    bound = Thermodynamic(partition, first, right)
+    return Objective(bound, estimator, num_particles=num_particles, **parts)
+
+
+def jackknife(
+    num_particles: int, order: int = 1, estimator: str | Estimator = "pathwise", **parts: Any
+) -> Objective:
+    """Importance weighted bounds of subsets combined so that their bias cancels up to an order
+    (Nowozin 2018); no bound."""
+    return Objective(Jackknife(order), estimator, num_particles=num_particles, **parts)
+
+
+def chi(
+    num_particles: int, n: float = 2.0, estimator: str | Estimator = "pathwise", **parts: Any
+) -> Objective:
+    """The guide descends the chi upper bound CUBO_n (Dieng et al. 2017), the model follows the
+    importance weighted bound.
+
+    At finite K CUBO is no bound; its guide covers the posterior rather than a mode of it.
+    """
+    bound = Split(Renyi(0.0), Mix((-1.0, Cubo(n))))
+    return Objective(bound, estimator, num_particles=num_particles, **parts)
+
+
+# ---------------------------------------------------------------------------------------------
+# Estimators with a name of their own
+
+
+def vimco(num_particles: int, **parts: Any) -> Objective:
+    """Importance weighted bound, discrete sites by their score with leave-one-out baselines (Mnih &
+    Rezende 2016)."""
+    return iwae(num_particles, Score(baseline=LeaveOneOut()), **parts)
+
+
+def rws(num_particles: int, **parts: Any) -> Objective:
+    """Reweighted wake-sleep: the model by the importance weighted bound, the guide by the wake update
+    (Bornschein & Bengio 2015)."""
+    return iwae(num_particles, WakeSleep(), **parts)
+
+
+def gumbel(
+    temperature: float | Schedule = 0.5, hard: bool = False, num_particles: int = 1, **parts: Any
+) -> Objective:
+    """ELBO of discrete latents along relaxed draws, their KL that of the discrete distributions (Jang
+    et al. 2017); ``hard`` is straight-through Gumbel. Biased."""
+    return mean_field(num_particles, Gumbel(temperature, hard), **parts)
+
+
+def concrete(
+    temperature: float | Schedule = 0.5, num_particles: int = 1, **parts: Any
+) -> Objective:
+    """ELBO of the relaxed model: discrete latents and their prior both relaxed (Maddison et al.
+    2017)."""
+    return elbo(num_particles, Gumbel(temperature), **parts)
+
+
+def straight_through(num_particles: int = 1, **parts: Any) -> Objective:
+    """ELBO of discrete latents, the gradient of a draw taken for that of its probabilities (Bengio et
+    al. 2013). Biased."""
+    return mean_field(num_particles, StraightThrough(), **parts)
+
+
+def enumerated(limit: int = 1024, **parts: Any) -> Objective:
+    """ELBO of discrete latents summed over all their values, exact; up to ``limit`` of them."""
+    return elbo(1, Enumerate(limit), **parts)
+
+
+# ---------------------------------------------------------------------------------------------
+# Rates
 
 
 def beta_vae(
@@ -66,64 +226,166 @@ def beta_vae(
     return Objective(Elbo(), estimator, rate, num_particles=num_particles, **parts)
 
 
-def recipes() -> dict[str, Callable[..., Objective]]:
-    """Every recipe by its name."""
-    return {recipe.__name__: recipe for recipe in (elbo, mean_field, iwae, renyi, beta_vae)}
+def capacity(
+    capacity: float | Schedule,
+    gamma: float | Schedule,
+    num_particles: int = 1,
+    estimator: str | Estimator = "pathwise",
+    **parts: Any,
+) -> Objective:
+    """ELBO whose rate is held at a capacity of C nats, gamma |KL - C| (Burgess et al. 2018)."""
+    rate = Capacity(capacity, gamma)
+    return Objective(Elbo(), estimator, rate, num_particles=num_particles, **parts)
 
 
-def arguments(recipe: Callable[..., Objective]) -> dict[str, Any]:
-    """What a spec may say of a recipe: argument -> default (``Parameter.empty``: there is none)."""
-    parameters = inspect.signature(recipe).parameters.values()
-    named = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
-    return {**named, "chunk": None}
+def free_bits(
+    nats: float | Schedule,
+    per: str | Mapping[str, Sequence[str]] = "dimension",
+    over: str = "batch",
+    num_particles: int = 1,
+    estimator: str | Estimator = "pathwise",
+    **parts: Any,
+) -> Objective:
+    """ELBO that gains nothing from a rate below ``nats`` per dimension, site or group of sites (Kingma
+    et al. 2016)."""
+    rate = FreeBits(nats, per, over)
+    return Objective(Elbo(), estimator, rate, num_particles=num_particles, **parts)
 
 
-def parse(spec: str) -> Objective:
-    """An objective from ``"iwae:num_particles=50,estimator=dreg"``: a recipe's name and arguments.
-
-    Values are numbers, ``linear(1000)`` and, for beta, ``{'z': 2}``.
-
-    Raises:
-        ValueError: unknown recipe, unknown or missing argument, a value that the recipe refuses.
-    """
-    name, _, rest = spec.partition(":")
-    if name not in recipes():
-        raise ValueError(f"objective: came {name!r}, wanted one of {list(recipes())}")
-    recipe = recipes()[name]
-    known = arguments(recipe)
-    given: dict[str, Any] = {}
-    try:
-        for item in filter(None, re.split(r",(?=\s*\w+\s*=|$)", rest)):  # no commas inside a value
-            key, _, value = (part.strip() for part in item.partition("="))
-            if not value:
-                raise ValueError(f"objective {spec!r}: came {item!r}, wanted argument=value")
-            if key not in known:
-                raise ValueError(f"objective {name!r}: came {key!r}, wanted one of {list(known)}")
-            given[key] = _schedule(value) or literal(value)
-            if isinstance(given[key], str) and key != "estimator":
-                raise ValueError(f"objective {name!r}: came {key}={value!r}, wanted a number")
-        empty = inspect.Parameter.empty
-        if missing := [key for key in known if known[key] is empty and key not in given]:
-            wanted = ",".join(f"{key}=..." for key in missing)
-            raise ValueError(
-                f"objective {name!r}: came without {missing[0]}, wanted {name}:{wanted}"
-            )
-        return recipe(**given)
-    except TypeError as error:  # a tuple or a schedule where a number is wanted
-        raise ValueError(f"objective {spec!r}: a value of the wrong kind ({error})") from None
+# ---------------------------------------------------------------------------------------------
+# Terms on the aggregate posterior
 
 
-def _schedule(text: str) -> Schedule | None:
-    """``linear(1000)``, or None for what is no schedule."""
-    match = re.fullmatch(r"linear\((.+)\)", text)
-    return linear(*map(literal, match[1].split(","))) if match else None
+def info_vae(
+    alpha: float = 0.0,
+    divergence: float = 1000.0,
+    kernel: str = "rbf",
+    num_particles: int = 1,
+    estimator: str | Estimator = "pathwise",
+    **parts: Any,
+) -> Objective:
+    """InfoVAE, also MMD-VAE: ELBO with 1 - alpha times its rate, plus ``divergence`` times
+    MMD(q(z), p(z)) (Zhao et al. 2019, whose alpha + lambda - 1 that is)."""
+    rate = Beta(1.0 - alpha)
+    parts = _penalized(parts, MMD(divergence, kernel))
+    return Objective(Elbo(), estimator, rate, num_particles=num_particles, **parts)
 
 
-def literal(text: str) -> Any:
-    """A number, tuple, bool or None from the command line; a word stays a word."""
-    if text.lstrip("+-").lower() in ("inf", "nan"):
-        return float(text)
-    try:
-        return literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+def info_mi(
+    alpha: float,
+    beta: float = 1.0,
+    num_particles: int = 1,
+    estimator: str | Estimator = "pathwise",
+    **parts: Any,
+) -> Objective:
+    """InfoVAE in the form beta KL - alpha I(x, z) (Zhao et al. 2019), the mutual information estimated
+    from the batch: at most log B."""
+    parts = _penalized(parts, MutualInformation(-alpha))
+    return Objective(Elbo(), estimator, Beta(beta), num_particles=num_particles, **parts)
+
+
+def wae_mmd(
+    weight: float | Schedule = 1000.0,
+    kernel: str = "imq",
+    num_particles: int = 1,
+    estimator: str | Estimator = "pathwise",
+    **parts: Any,
+) -> Objective:
+    """Wasserstein autoencoder: distortion plus ``weight`` times MMD(q(z), p(z)), no rate (Tolstikhin et
+    al. 2018). No bound."""
+    parts = _penalized(parts, MMD(weight, kernel))
+    return Objective(Elbo(), estimator, Beta(0.0), num_particles=num_particles, **parts)
+
+
+def aae(
+    weight: float | Schedule = 1.0,
+    hidden: Sequence[int] = (200, 200),
+    num_particles: int = 1,
+    estimator: str | Estimator = "pathwise",
+    **parts: Any,
+) -> Objective:
+    """Adversarial autoencoder, also WAE-GAN: distortion plus ``weight`` times KL(q(z) || p(z)) by a
+    critic, no rate (Makhzani et al. 2016). No bound."""
+    parts = _penalized(parts, Adversarial(_critic(hidden), weight))
+    return Objective(Elbo(), estimator, Beta(0.0), num_particles=num_particles, **parts)
+
+
+def swae(
+    weight: float | Schedule = 10.0,
+    projections: int = 50,
+    num_particles: int = 1,
+    estimator: str | Estimator = "pathwise",
+    **parts: Any,
+) -> Objective:
+    """Sliced Wasserstein autoencoder: distortion plus ``weight`` times the sliced Wasserstein distance
+    of q(z) and p(z), no rate (Kolouri et al. 2019). No bound."""
+    parts = _penalized(parts, SlicedWasserstein(weight, projections))
+    return Objective(Elbo(), estimator, Beta(0.0), num_particles=num_particles, **parts)
+
+
+def sinkhorn(
+    weight: float | Schedule = 10.0,
+    epsilon: float = 0.05,
+    num_particles: int = 1,
+    estimator: str | Estimator = "pathwise",
+    **parts: Any,
+) -> Objective:
+    """Sinkhorn autoencoder: distortion plus ``weight`` times the Sinkhorn divergence of q(z) and p(z),
+    no rate (Patrini et al. 2019). No bound."""
+    parts = _penalized(parts, Sinkhorn(weight, epsilon))
+    return Objective(Elbo(), estimator, Beta(0.0), num_particles=num_particles, **parts)
+
+
+def beta_tcvae(
+    beta: float,
+    alpha: float = 1.0,
+    gamma: float = 1.0,
+    sampling: str = "weighted",
+    num_particles: int = 1,
+    estimator: str | Estimator = "pathwise",
+    **parts: Any,
+) -> Objective:
+    """ELBO whose rate is weighed in parts: alpha I(x, z) + beta TC(z) + gamma times the KL of each
+    dimension, TC estimated from the batch (Chen et al. 2018)."""
+    terms: list[Penalty] = [TotalCorrelation(beta - gamma, sampling)]
+    if alpha != gamma:
+        terms.append(MutualInformation(alpha - gamma, sampling))
+    parts = _penalized(parts, *terms)
+    return Objective(Elbo(), estimator, Beta(gamma), num_particles=num_particles, **parts)
+
+
+def factor_vae(
+    gamma: float | Schedule,
+    hidden: Sequence[int] = (1000, 1000, 1000, 1000, 1000),
+    num_particles: int = 1,
+    estimator: str | Estimator = "pathwise",
+    **parts: Any,
+) -> Objective:
+    """ELBO minus gamma times the total correlation of q(z), which a critic estimates (Kim & Mnih
+    2018)."""
+    parts = _penalized(parts, Adversarial(_critic(hidden), gamma, against="permuted"))
+    return Objective(Elbo(), estimator, num_particles=num_particles, **parts)
+
+
+def dip_vae(
+    offdiagonal: float | Schedule,
+    diagonal: float | Schedule | None = None,
+    kind: str = "II",
+    num_particles: int = 1,
+    estimator: str | Estimator = "pathwise",
+    **parts: Any,
+) -> Objective:
+    """ELBO whose posterior means (kind I) or aggregate posterior (kind II) are drawn towards
+    uncorrelated dimensions of variance 1 (Kumar et al. 2018)."""
+    parts = _penalized(parts, DIP(offdiagonal, diagonal, kind))
+    return Objective(Elbo(), estimator, num_particles=num_particles, **parts)
+
+
+def _penalized(parts: Mapping[str, Any], *penalties: Penalty) -> dict[str, Any]:
+    return {**parts, "penalties": (*penalties, *parts.get("penalties", ()))}
+
+
+def _critic(hidden: Sequence[int]) -> nn.Module:
+    """``[n, D] -> [n, 1]``, its weights drawn when it first runs: under the seed of the training."""
+    layers = [layer for size in hidden for layer in (nn.LazyLinear(size), nn.LeakyReLU(0.2))]
+    return nn.Sequential(*layers, nn.LazyLinear(1))

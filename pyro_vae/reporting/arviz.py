@@ -285,7 +285,7 @@ def _with_nan(value: Tensor, seen: Tensor) -> Tensor:
 
 def _per_row(particles: Particles, terms: Mapping[str, Tensor]) -> Tensor:
     """``[K, B]``, up to broadcasting."""
-    total = particles.total(terms)
+    total = particles.summed(terms)
     return torch.zeros(1, 1) if total is None else total.cpu()
 
 

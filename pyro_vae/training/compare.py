@@ -34,13 +34,17 @@ from pyro_vae.evaluation.likelihood import (
     mean_and_error,
 )
 from pyro_vae.files import replacing
-from pyro_vae.objectives.recipes import parse
+from pyro_vae.objectives.loss import Loss
+from pyro_vae.objectives.specs import parse
 from pyro_vae.training.fit import NonFiniteError, fit
 from pyro_vae.training.runs import versions
 
 __all__ = ["Comparison", "compare"]
 
 Build = Callable[..., tuple[Any, Any]]
+Spec = str | Callable[[], Loss]
+Judge = Callable[[Any, Any, Batch, int], Tensor]
+_BLOCK = 10_000  # rows that are looked at together
 _PROCESS = uuid4().hex
 _data: list[Batch] = []  # training and test rows of a worker process
 
@@ -50,11 +54,26 @@ class _Cell:
     """One training and its evaluation."""
 
     build: Build
-    objective: str
+    name: str
+    spec: Spec
     seed: int
     options: dict[str, Any]
     fit: dict[str, Any]
     num_particles: int
+    judge: Judge | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.name, self.seed
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What came of a cell."""
+
+    evaluation: Evaluation
+    seconds: float
+    judged: Tensor | None = None
 
 
 @dataclass(repr=False)
@@ -64,24 +83,33 @@ class Comparison:
     Attributes:
         cells: (objective, seed) -> evaluation on the same rows.
         seconds: (objective, seed) -> training time.
+        judged: (objective, seed) -> what the second judge said of these rows, if there is one.
+        refused: (objective, seed) -> why there is no such cell.
     """
 
     cells: dict[tuple[str, int], Evaluation]
     seconds: dict[tuple[str, int], float] = field(default_factory=dict)
+    judged: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    refused: dict[tuple[str, int], str] = field(default_factory=dict)
 
     @property
     def objectives(self) -> list[str]:
+        """Those that have a result."""
         return list(dict.fromkeys(objective for objective, _ in self.cells))
 
     def rows(self, objective: str, quantity: str = "log_p") -> Tensor:
-        """``[N]`` nats, averaged over the seeds.
+        """``[N]`` nats, averaged over the seeds: of an evaluation, or ``"judged"``.
 
         Raises:
-            ValueError: unknown objective.
+            ValueError: unknown objective, no second judge.
         """
-        found = [getattr(e, quantity) for (name, _), e in self.cells.items() if name == objective]
-        if not found:
+        mine = [key for key in self.cells if key[0] == objective]
+        if not mine:
             raise ValueError(f"came {objective!r}, wanted one of {self.objectives}")
+        if quantity == "judged" and not self.judged:
+            raise ValueError("came quantity='judged', but compare had no judge=")
+        judged = quantity == "judged"
+        found = [self.judged[k] if judged else getattr(self.cells[k], quantity) for k in mine]
         return torch.stack(found).double().mean(0)
 
     def versus(self, objective: str, other: str, quantity: str = "log_p") -> Difference:
@@ -90,14 +118,25 @@ class Comparison:
             *mean_and_error(self.rows(objective, quantity) - self.rows(other, quantity))
         )
 
+    def refusals(self) -> list[dict[str, Any]]:
+        """A record an objective and reason: ``objective``, ``seeds``, ``reason``."""
+        seeds: dict[tuple[str, str], list[int]] = {}
+        for (name, seed), reason in self.refused.items():
+            seeds.setdefault((name, reason), []).append(seed)
+        return [
+            {"objective": name, "seeds": sorted(found), "reason": reason}
+            for (name, reason), found in seeds.items()
+        ]
+
     def summary(self) -> list[dict[str, Any]]:
         """A record an objective: means and standard errors over rows, spread over seeds, and the
         paired difference to the first objective."""
         records = []
+        quantities = ["log_p", "log_p_tenth", "elbo", *(["judged"] if self.judged else [])]
         for objective in self.objectives:
             mine = {seed: e for (name, seed), e in self.cells.items() if name == objective}
             record: dict[str, Any] = {"objective": objective, "seeds": sorted(mine)}
-            for quantity in ("log_p", "log_p_tenth", "elbo"):
+            for quantity in quantities:
                 record[quantity], record[f"{quantity}_se"] = mean_and_error(
                     self.rows(objective, quantity)
                 )
@@ -120,11 +159,15 @@ class Comparison:
         return records
 
     def __str__(self) -> str:
+        refused = [f"refused: {r['objective']}: {r['reason']}" for r in self.refusals()]
+        if not self.cells:
+            return "\n".join(refused)
         records = self.summary()
         first = records[0]
         many, few = first["num_particles"], max(1, first["num_particles"] // 10)
         head = ["objective", "ELBO", f"log p >= (K={few})", f"log p >= (K={many})"]
-        head += ["gain, paired", "seeds", "k-hat", "bad", "active", "s"]
+        head += ["gain, paired", *(["judge"] if self.judged else [])]
+        head += ["seeds", "k-hat", "bad", "active", "s"]
         table = [head]
         for r in records:
             table.append(
@@ -134,6 +177,7 @@ class Comparison:
                     f"{r['log_p_tenth']:.2f} ± {r['log_p_tenth_se']:.2f}",
                     f"{r['log_p']:.2f} ± {r['log_p_se']:.2f}",
                     "-" if r is first else f"{r['log_p_gain']:+.2f} ± {r['log_p_gain_se']:.2f}",
+                    *([f"{r['judged']:.2f} ± {r['judged_se']:.2f}"] if self.judged else []),
                     " ".join(f"{value:.2f}" for value in r["log_p_per_seed"]),
                     "-" if r["khat_median"] is None else f"{r['khat_median']:.2f}",
                     "-" if r["khat_bad_share"] is None else f"{r['khat_bad_share']:.0%}",
@@ -156,6 +200,7 @@ class Comparison:
                 f"{first['seeds']}; gain: log p minus that of {first['objective']}, paired by row;",
                 f"proposals {', '.join(sorted({p for r in records for p in r['proposals']}))}; "
                 f"bad: {bad}; s: seconds of training",
+                *refused,
             ]
         )
 
@@ -166,11 +211,13 @@ def compare(
     build: Build,
     train: Batch,
     test: Batch,
-    objectives: Sequence[str],
+    objectives: Sequence[str] | Mapping[str, Spec],
     seeds: Iterable[int] = (0,),
     *,
     options: Mapping[str, Any] | None = None,
     num_particles: int = 5000,
+    judge: Judge | None = None,
+    refused: str = "raise",
     jobs: int = 1,
     out: str | Path | None = None,
     progress: bool | None = None,
@@ -181,8 +228,13 @@ def compare(
     Args:
         build: ``build(batch, **options) -> (model, guide)``; picklable if ``jobs > 1``.
         objectives: recipes with arguments, ``"iwae:num_particles=10,estimator=dreg"``; the first is
-            what the others are compared with.
+            what the others are compared with. Or name -> recipe, or name -> a function that makes an
+            objective (anew each time, since what it owns is trained).
         num_particles: K of the evaluation.
+        judge: a second opinion, ``judge(model, guide, test, seed) -> [M]`` nats of the test rows or
+            of the same part of them in every cell; picklable if ``jobs > 1``.
+        refused: ``"record"`` goes on where an objective is refused, by itself or with this pair, or
+            its training meets NaN; the result says why. ``"raise"`` stops.
         jobs: processes at a time.
         out: folder that keeps every finished cell: a comparison that was cut off, or that gets a
             further objective, goes on from there. Cells of other settings are not reused.
@@ -193,8 +245,13 @@ def compare(
     """
     if isinstance(objectives, str) or not objectives:
         raise ValueError(f"compare: came objectives={objectives!r}, wanted a list of at least one")
-    for spec in objectives:
-        parse(spec)
+    if refused not in ("raise", "record"):
+        raise ValueError(f"compare: came refused={refused!r}, wanted 'raise' or 'record'")
+    if not isinstance(objectives, Mapping):
+        objectives = {spec: spec for spec in objectives}
+    if refused == "raise":
+        for spec in objectives.values():
+            _made(spec)
     seeds = tuple(dict.fromkeys(seeds))
     if not seeds:
         raise ValueError("compare: came no seeds, wanted at least one")
@@ -205,8 +262,8 @@ def compare(
     if train.sites != test.sites:
         raise ValueError(f"compare: train has sites {train.sites}, test has {test.sites}")
     cells = [
-        _Cell(build, spec, seed, dict(options or {}), dict(fit_options), num_particles)
-        for spec in dict.fromkeys(objectives)
+        _Cell(build, name, spec, seed, dict(options or {}), dict(fit_options), num_particles, judge)
+        for name, spec in objectives.items()
         for seed in seeds
     ]
     folder = None if out is None else Path(out)
@@ -214,29 +271,33 @@ def compare(
         folder.mkdir(parents=True, exist_ok=True)
     data = _described([train, test])
     paths = {} if folder is None else {id(cell): _path(folder, cell, data) for cell in cells}
-    results: dict[tuple[str, int], tuple[Evaluation, float]] = {}
+    results: dict[tuple[str, int], _Done | str] = {}
     waiting = []
     for cell in cells:
         done = _load(paths[id(cell)]) if folder is not None else None
         if done is None:
             waiting.append(cell)
         else:
-            results[cell.objective, cell.seed] = done
+            results[cell.key] = done
     silent = None if progress is None else not progress
     with tqdm(total=len(cells), initial=len(results), unit="cell", disable=silent) as bar:
-        for cell, done in _run_all(waiting, train, test, jobs):
-            results[cell.objective, cell.seed] = done
-            if folder is not None:
-                _store(paths[id(cell)], cell, done)
+        for cell, came in _run_all(waiting, train, test, jobs, refused == "record"):
+            results[cell.key] = came
+            if folder is not None and isinstance(came, _Done):
+                _store(paths[id(cell)], cell, came)
             bar.update()
-    in_order = {(c.objective, c.seed): results[c.objective, c.seed] for c in cells}
+    in_order = {cell.key: results[cell.key] for cell in cells}
+    finished = {key: done for key, done in in_order.items() if isinstance(done, _Done)}
     comparison = Comparison(
-        {key: evaluation for key, (evaluation, _) in in_order.items()},
-        {key: seconds for key, (_, seconds) in in_order.items()},
+        {key: done.evaluation for key, done in finished.items()},
+        {key: done.seconds for key, done in finished.items()},
+        {key: done.judged for key, done in finished.items() if done.judged is not None},
+        {key: why for key, why in in_order.items() if isinstance(why, str)},
     )
     if folder is not None:
         with replacing(folder / "comparison.json") as temporary:
-            report = {"versions": versions(), "objectives": comparison.summary()}
+            report: dict[str, Any] = {"versions": versions(), "objectives": comparison.summary()}
+            report["refused"] = comparison.refusals()
             temporary.write_text(json.dumps(report, indent=2) + "\n")
         with replacing(folder / "comparison.txt") as temporary:
             temporary.write_text(f"{comparison}\n")
@@ -244,18 +305,18 @@ def compare(
 
 
 def _run_all(
-    cells: list[_Cell], train: Batch, test: Batch, jobs: int
-) -> Iterator[tuple[_Cell, tuple[Evaluation, float]]]:
-    """Cells as they are finished."""
+    cells: list[_Cell], train: Batch, test: Batch, jobs: int, record: bool
+) -> Iterator[tuple[_Cell, _Done | str]]:
+    """Cells as they are finished; ``record``: or why they are refused."""
     if jobs <= 1 or len(cells) <= 1:
         for cell in cells:
-            yield cell, _run(cell, train, test)
+            yield cell, _attempt(cell, train, test, record)
         return
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // jobs)
     start = (threads, torch.get_default_dtype(), train, test)
     with ProcessPoolExecutor(jobs, context, initializer=_start, initargs=start) as pool:
-        futures = {pool.submit(_run_here, cell): cell for cell in cells}
+        futures = {pool.submit(_run_here, cell, record): cell for cell in cells}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -270,29 +331,47 @@ def _start(threads: int, dtype: torch.dtype, train: Batch, test: Batch) -> None:
     _data[:] = train, test
 
 
-def _run_here(cell: _Cell) -> tuple[Evaluation, float]:
-    return _run(cell, *_data)
+def _run_here(cell: _Cell, record: bool) -> _Done | str:
+    train, test = _data
+    return _attempt(cell, train, test, record)
 
 
-def _run(cell: _Cell, train: Batch, test: Batch) -> tuple[Evaluation, float]:
+def _attempt(cell: _Cell, train: Batch, test: Batch, record: bool) -> _Done | str:
+    try:
+        return _run(cell, train, test)
+    except (ValueError, NonFiniteError) as error:
+        if record:
+            return str(error)
+        raise
+
+
+def _run(cell: _Cell, train: Batch, test: Batch) -> _Done:
+    objective = _made(cell.spec)
     with torch.random.fork_rng():
         torch.manual_seed(cell.seed)
         model, guide = cell.build(train, **deepcopy(cell.options))  # modules are trained in place
     since = time.perf_counter()
     try:
-        fit(model, guide, train, parse(cell.objective), seed=cell.seed, progress=False, **cell.fit)
+        fit(model, guide, train, objective, seed=cell.seed, progress=False, **cell.fit)
     except NonFiniteError as error:  # without its run, which may not be picklable
-        raise NonFiniteError(f"{cell.objective}, seed {cell.seed}: {error}") from None
+        raise NonFiniteError(f"{cell.name}, seed {cell.seed}: {error}") from None
     seconds = time.perf_counter() - since
-    return evaluate(model, guide, test, cell.num_particles, seed=cell.seed), seconds
+    evaluation = evaluate(model, guide, test, cell.num_particles, seed=cell.seed)
+    judged = cell.judge(model, guide, test, cell.seed) if cell.judge else None
+    return _Done(evaluation, seconds, judged)
+
+
+def _made(spec: Spec) -> Loss:
+    return parse(spec) if isinstance(spec, str) else spec()
 
 
 def _path(folder: Path, cell: _Cell, data: Any) -> Path:
     """A name that tells the cell and changes with everything its result depends on."""
-    settings = [cell.objective, cell.build, cell.options, cell.fit, cell.num_particles]
+    settings = [cell.spec, cell.build, cell.options, cell.fit, cell.num_particles, cell.judge]
     text = json.dumps([_described([*settings, torch.get_default_dtype(), versions()]), data])
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    slug = re.sub(r"[^A-Za-z0-9.]+", "-", cell.objective)
+    told = cell.spec if isinstance(cell.spec, str) else cell.name
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", told)
     return folder / f"{slug}-seed{cell.seed}-{digest}.npz"
 
 
@@ -300,9 +379,8 @@ def _described(value: Any) -> Any:
     """A value in words, the same in every process; a function is told by its source. What is told by
     its place in memory alone is never the same again."""
     if isinstance(value, Batch):
-        sites = [[site, value[site], value.mask(site)] for site in value]
         rest = [value.index, value.weights, value.record]
-        return _described([repr(value), sites, *rest])
+        return [repr(value), _digest(value), *_described(rest)]
     if isinstance(value, nn.Module):
         return _described([repr(value), value.state_dict()])
     if isinstance(value, Tensor):
@@ -324,17 +402,31 @@ def _described(value: Any) -> Any:
     return f"{value!r} {_PROCESS}" if " at 0x" in repr(value) else repr(value)
 
 
-def _store(path: Path, cell: _Cell, done: tuple[Evaluation, float]) -> None:
-    evaluation, seconds = done
-    meta = {"objective": cell.objective, "seed": cell.seed, "seconds": seconds}
+def _digest(batch: Batch) -> str:
+    """Of values and of where they are observed, block by block: a mapped file need not fit in memory."""
+    fixed, digest = batch.still(), hashlib.sha256()
+    for start in range(0, len(batch), _BLOCK):
+        rows = fixed.rows(slice(start, start + _BLOCK))
+        parts = [[site, rows[site], rows.mask(site)] for site in rows]
+        digest.update(json.dumps(_described(parts)).encode())
+    return digest.hexdigest()
+
+
+def _store(path: Path, cell: _Cell, done: _Done) -> None:
+    meta = {"objective": cell.name, "seed": cell.seed, "seconds": done.seconds}
+    arrays = done.evaluation.arrays()
+    if done.judged is not None:
+        arrays["judged"] = done.judged.numpy()
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, meta=np.array(json.dumps(meta)), **evaluation.arrays())
+        np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
 
 
-def _load(path: Path) -> tuple[Evaluation, float] | None:
+def _load(path: Path) -> _Done | None:
     """A finished cell, or None (missing or unreadable: it is run again)."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return Evaluation.from_arrays(arrays), json.loads(str(arrays["meta"]))["seconds"]
+            seconds = json.loads(str(arrays["meta"]))["seconds"]
+            judged = torch.from_numpy(arrays["judged"]) if "judged" in arrays else None
+            return _Done(Evaluation.from_arrays(arrays), seconds, judged)
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
         return None

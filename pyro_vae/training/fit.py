@@ -22,7 +22,7 @@ from tqdm import tqdm
 from pyro_vae.batch import Batch, still, take
 from pyro_vae.compiled import Fast, Step, in_precision, make_step
 from pyro_vae.evaluation.likelihood import Evaluation, check_rows, evaluate
-from pyro_vae.objectives.objective import Objective, ObjectiveModule
+from pyro_vae.objectives.loss import Loss, ObjectiveModule
 from pyro_vae.objectives.recipes import elbo
 from pyro_vae.objectives.support import check_data
 from pyro_vae.objectives.swap import evaluating, own_parameters, owner, preserved
@@ -59,7 +59,7 @@ class Run:
 
     model: Program
     guide: Program
-    objective: Objective | str | None
+    objective: Loss | str | None
     history: list[dict[str, float]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
@@ -112,7 +112,7 @@ def fit(
     model: Program,
     guide: Program,
     data: Batch | Tensor,
-    objective: Objective | None = None,
+    objective: Loss | None = None,
     *,
     epochs: int | None = None,
     steps: int | None = None,
@@ -124,7 +124,7 @@ def fit(
     precision: str = "full",
     compile: str = "auto",
     valid: Batch | Tensor | None = None,
-    monitor: Objective | None = None,
+    monitor: Loss | None = None,
     patience: int | None = None,
     ema: float | None = None,
     callbacks: Iterable[Callback] = (),
@@ -344,7 +344,7 @@ def _check(
     out: str | Path | None,
 ) -> None:
     for name, value in (("objective", objective), ("monitor", monitor)):
-        if not isinstance(value, Objective):
+        if not isinstance(value, Loss):
             raise ValueError(
                 f"fit: {name} came as {type(value).__name__}, wanted an Objective such as elbo()"
             )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from pyro_vae.objectives.objective import ObjectiveModule
+from pyro_vae.objectives.loss import ObjectiveModule
 
 __all__ = ["Progress"]
 

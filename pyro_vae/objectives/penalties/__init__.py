@@ -1,0 +1,24 @@
+"""Penalties: terms on the aggregate posterior q(z) = E_x q(z | x), added to the loss per row."""
+
+from pyro_vae.objectives.penalties.adversarial import Adversarial
+from pyro_vae.objectives.penalties.aggregate import (
+    MutualInformation,
+    TotalCorrelation,
+    decomposition,
+)
+from pyro_vae.objectives.penalties.distances import MMD, Sinkhorn, SlicedWasserstein
+from pyro_vae.objectives.penalties.latent import Latent, Penalty
+from pyro_vae.objectives.penalties.moments import DIP
+
+__all__ = [
+    "DIP",
+    "MMD",
+    "Adversarial",
+    "Latent",
+    "MutualInformation",
+    "Penalty",
+    "Sinkhorn",
+    "SlicedWasserstein",
+    "TotalCorrelation",
+    "decomposition",
+]

@@ -1,0 +1,86 @@
+"""Objectives as text, for command lines, run folders and tables: ``"iwae:num_particles=50"``."""
+
+from __future__ import annotations
+
+import inspect
+from ast import literal_eval
+from collections.abc import Callable
+from typing import Any
+
+from pyro_vae.objectives import recipes as every
+from pyro_vae.objectives import schedules
+from pyro_vae.objectives.loss import Loss
+
+__all__ = ["arguments", "literal", "parse", "recipes"]
+
+Recipe = Callable[..., Loss]
+
+
+def recipes() -> dict[str, Recipe]:
+    """Every recipe by its name."""
+    return {name: getattr(every, name) for name in every.__all__}
+
+
+def arguments(recipe: Recipe) -> dict[str, Any]:
+    """What a spec may say of a recipe: argument -> default (``Parameter.empty``: there is none)."""
+    parameters = inspect.signature(recipe).parameters.values()
+    named = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
+    return {**named, "chunk": None}
+
+
+def parse(spec: str) -> Loss:
+    """An objective from ``"iwae:num_particles=50,estimator=dreg"``: a recipe's name and arguments.
+
+    Values are numbers, schedules such as ``linear(1000)``, mappings of them such as ``{'z': 2}``, and
+    words where a recipe takes one.
+
+    Raises:
+        ValueError: unknown recipe, unknown or missing argument, a value that the recipe refuses.
+    """
+    name, _, rest = spec.partition(":")
+    if name not in recipes():
+        raise ValueError(f"objective: came {name!r}, wanted one of {list(recipes())}")
+    recipe = recipes()[name]
+    known = arguments(recipe)
+    given: dict[str, Any] = {}
+    try:
+        for item in _items(rest):
+            key, _, value = (part.strip() for part in item.partition("="))
+            if not value:
+                raise ValueError(f"objective {spec!r}: came {item!r}, wanted argument=value")
+            if key not in known:
+                raise ValueError(f"objective {name!r}: came {key!r}, wanted one of {list(known)}")
+            given[key] = schedules.parse(value) or literal(value)
+            if isinstance(given[key], str) and not isinstance(known[key], str):
+                raise ValueError(f"objective {name!r}: came {key}={value!r}, wanted a number")
+        empty = inspect.Parameter.empty
+        if missing := [key for key in known if known[key] is empty and key not in given]:
+            wanted = ",".join(f"{key}=..." for key in missing)
+            raise ValueError(
+                f"objective {name!r}: came without {missing[0]}, wanted {name}:{wanted}"
+            )
+        return recipe(**given)
+    except TypeError as error:  # a tuple or a schedule where a number is wanted
+        raise ValueError(f"objective {spec!r}: a value of the wrong kind ({error})") from None
+
+
+def _items(text: str) -> list[str]:
+    """The parts between the commas that stand in no bracket."""
+    depth, parts = 0, [""]
+    for c in text:
+        depth += (c in "([{") - (c in ")]}")
+        if c == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return [part for part in parts if part.strip()]
+
+
+def literal(text: str) -> Any:
+    """A number, tuple, bool or None from the command line; a word stays a word."""
+    if text.lstrip("+-").lower() in ("inf", "nan"):
+        return float(text)
+    try:
+        return literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
