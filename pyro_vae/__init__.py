@@ -27,7 +27,9 @@ __all__ = [
     "Objective",
     "Observed",
     "Run",
+    "annealed",
     "beta_vae",
+    "bidirectional",
     "conditionals",
     "check",
     "compare",
@@ -54,6 +56,8 @@ __all__ = [
 # What a program may do without is imported when it is first asked for.
 _ON_DEMAND = {
     "Comparison": "pyro_vae.training.compare:Comparison",
+    "annealed": "pyro_vae.evaluation.annealing:annealed",
+    "bidirectional": "pyro_vae.evaluation.annealing:bidirectional",
     "check": "pyro_vae.linter:check",
     "compare": "pyro_vae.training.compare:compare",
     "conditionals": "pyro_vae.conditionals:",
@@ -67,6 +71,7 @@ _ON_DEMAND = {
 
 if TYPE_CHECKING:  # the same for those who read and do not run: type checkers, editors, docs
     from pyro_vae import conditionals, data, nn, pairs
+    from pyro_vae.evaluation.annealing import annealed, bidirectional
     from pyro_vae.linter import check
     from pyro_vae.reporting import plots
     from pyro_vae.reporting.arviz import to_arviz

@@ -105,6 +105,19 @@ def test_evaluate_images_in_bits(capsys):
     assert "bits/dim <= " in output_of("evaluate images -K 20", capsys)
 
 
+def test_evaluate_by_annealed_importance_sampling(capsys):
+    summary = json.loads(output_of("evaluate people -K 20 --annealed 30 --seed 1 --json", capsys))
+    run = pv.load("people")
+    test = pv.data.standardize_as(
+        run.config["data"], pv.data.split(pv.data.load("people.csv", drop="group"), (0.8, 0.2))[1]
+    )
+    wanted = pv.annealed(run.model, test, temperatures=30, seed=1).summary()
+    assert summary["annealed"]["log_p"] == pytest.approx(wanted["log_p"], rel=1e-6)
+    assert abs(summary["annealed"]["log_p"] - summary["log_p"]) < 3
+    text = output_of("evaluate people -K 20 --annealed 30 --seed 1", capsys)
+    assert f"whatever the guide: log p(x) >= {wanted['log_p']:.3f}" in text
+
+
 # --- tables -------------------------------------------------------------------------------------
 
 

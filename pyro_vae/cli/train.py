@@ -35,7 +35,7 @@ from pyro_vae.cli.options import (
 )
 from pyro_vae.cli.source import Source, check_alike
 from pyro_vae.linter import check as check_pair
-from pyro_vae.objectives.recipes import arguments, parse, recipes
+from pyro_vae.objectives.specs import arguments, parse, recipes
 from pyro_vae.saved import PairSpec
 from pyro_vae.training.compare import compare as compare_objectives
 from pyro_vae.training.fit import fit as fit_pair

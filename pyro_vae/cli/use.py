@@ -32,6 +32,7 @@ from pyro_vae.cli.options import (
 )
 from pyro_vae.cli.source import Source, check_alike
 from pyro_vae.evaluation import predict
+from pyro_vae.evaluation.annealing import annealed
 from pyro_vae.files import replacing
 from pyro_vae.reporting import FORMATS, tables
 from pyro_vae.reporting.arviz import to_arviz
@@ -46,6 +47,15 @@ Raw = Annotated[
     bool, typer.Option("--raw", help="leave values scaled as the model has them, not as they came")
 ]
 Draws = Annotated[int, typer.Option(min=1, help="draws from the posterior of a row")]
+Annealed = Annotated[
+    int | None,
+    typer.Option(
+        "--annealed",
+        min=2,
+        metavar="TEMPERATURES",
+        help="judge the model whatever its guide is, too, by annealed importance sampling",
+    ),
+]
 Rows = Annotated[int | None, typer.Option(min=1, help="the first ROWS only")]
 
 
@@ -159,6 +169,7 @@ def evaluate(
     pair: RunPair = None,
     split: Split = "test",
     num_particles: Particles = 500,
+    temperatures: Annealed = None,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
@@ -170,6 +181,7 @@ def evaluate(
 
     \b
     pyro-vae evaluate runs/a -K 5000
+    pyro-vae evaluate runs/a --annealed 500
     """
     opened = Opened(run, pair, data_name, device)
     kept = opened.run()
@@ -178,7 +190,12 @@ def evaluate(
     if files := opened.changed(kept):
         typer.echo(f"note: changed since the run: {files}", err=True)
     summary = result.summary() | {"data": opened.source.place, "split": split}
-    show(summary, str(result), as_json)
+    text = str(result)
+    if temperatures:
+        whatever_guide = annealed(kept.model, rows, temperatures=temperatures, seed=seed)
+        summary["annealed"] = whatever_guide.summary()
+        text += f"\nwhatever the guide: {whatever_guide}"
+    show(summary, text, as_json)
     try:
         Folder(run).write("metrics.json", dumps(summary, indent=2) + "\n")
     except ValueError as error:  # the numbers are there all the same

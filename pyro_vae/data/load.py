@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyro_vae.batch import Batch
-from pyro_vae.data.digits import BUILT_IN, read_digits
 from pyro_vae.data.draws import check_choice, draws_for, step
 from pyro_vae.data.images import read_images
-from pyro_vae.data.named import available, obtain, read_named
+from pyro_vae.data.named import MADE, available, obtain, read_named
 from pyro_vae.data.npy import read_npy
 from pyro_vae.data.sites import images, make_batch, summary
 from pyro_vae.data.source import Array, Source, as_list, is_pixels, near
@@ -43,6 +42,9 @@ def load(
     * ``"digits"``: the 1797 digits of scikit-learn, ``x`` [B, 64] counts 0..16 and ``y`` [B] labels,
       in splits ``train`` (1437 rows) and ``test`` (360); ``"digits_binary"``: the same rows with
       ``x`` in {0, 1}, one Bernoulli draw per pixel with probability count / 16.
+    * ``"sprites"``: shapes rendered from five known factors, ``x`` [B, 32, 32] in {0, 1} and
+      ``factors`` [B, 5], in splits ``train`` (50,000 rows) and ``test`` (10,000); see
+      ``pyro_vae.data.sprites``.
     * ``"mnist"``, ``"fashion_mnist"``, ``"omniglot28"``, ``"mnist_static_binary"``: images ``x``
       [B, 28, 28]; see ``pyro_vae.data.named``. Any NAME is looked for as ``NAME.npz`` in the folder
       that the environment variable ``PYRO_VAE_DATA`` names; these four are else downloaded once.
@@ -188,8 +190,8 @@ def _reader(source: Any) -> tuple[Reader, Any, str]:
     if not isinstance(source, str | os.PathLike):
         return TABLE, source, "the DataFrame"
     name = os.fspath(source)
-    if isinstance(source, str) and name in BUILT_IN:
-        return Reader(read_digits), name, name
+    if isinstance(source, str) and name in MADE:
+        return Reader(MADE[name]), name, name
     path = _resolve(source, name)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")

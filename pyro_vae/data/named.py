@@ -29,14 +29,16 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from pyro_vae.data.digits import BUILT_IN
+from pyro_vae.data.digits import BUILT_IN, read_digits
 from pyro_vae.data.fetch import Original, Public, cache_folder, fetch, originals
 from pyro_vae.data.npz import read_npz
 from pyro_vae.data.source import SPLITS, Array, Source
+from pyro_vae.data.sprites import read_sprites
 
-__all__ = ["FOLDER", "NAMED", "available", "obtain", "read_named"]
+__all__ = ["FOLDER", "MADE", "NAMED", "available", "obtain", "read_named"]
 
 FOLDER = "PYRO_VAE_DATA"
+MADE = dict.fromkeys(BUILT_IN, read_digits) | {"sprites": read_sprites}  # that need no file
 Files = Mapping[str, Path]
 
 
@@ -51,7 +53,7 @@ def available() -> dict[str, str]:
         kept = cache_folder() / f"{name}.npz"
         absent = f"not here yet, about {public.megabytes} MB to download"
         found.setdefault(name, str(kept) if kept.exists() else absent)
-    return dict.fromkeys(BUILT_IN, "scikit-learn") | found
+    return dict.fromkeys(BUILT_IN, "scikit-learn") | {"sprites": "rendered"} | found
 
 
 def obtain(name: str) -> Path | None:

@@ -6,6 +6,7 @@ import math
 import mmap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -149,6 +150,16 @@ class Column:
             new |= {"mean": self.mean.to(device), "scale": self.scale.to(device)}
         return replace(self, **new)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs: of a mapped file, its name."""
+        place = {"source": Path(self.source.filename)} if self.mapped else {}  # type: ignore[union-attr]
+        return {**vars(self), **place}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if isinstance(state["source"], Path):
+            state["source"] = np.load(state["source"], mmap_mode="r")
+        vars(self).update(state)
+
     def _check(self, bad: Array, problem: str) -> None:
         if bad.any():
             row = int(self.ids[int(np.argmax(bad.reshape(len(bad), -1).any(1)))])
@@ -210,10 +221,10 @@ class OnDemand(Batch):
       generator (or, with a draw per epoch, ``epoch`` says which), while ``batch["x"]``, ``still()``
       and ``look()`` are the one draw to judge by, the same every time.
     * sites in mapped files: ``rows`` reads those rows and no others, and moves them to ``device``.
-      The whole of such a site is refused, so ``compare``, and what else asks for it, needs data in
-      memory. What stands for all rows before training, the check of the support and the ready pairs'
-      starting values, looks at the first 10,000 (fewer where rows are large). Whether entries are
-      missing is looked for there too, unless a mask is stored, and a NaN found later is an error.
+      The whole of such a site is refused. What stands for all rows before training, the check of the
+      support and the ready pairs' starting values, looks at the first 10,000 (fewer where rows are
+      large). Whether entries are missing is looked for there too, unless a mask is stored, and a NaN
+      found later is an error. Another process opens the files anew.
       Memory holds the numbers of the rows, 8 bytes each, whatever a row takes.
 
     Args:

@@ -39,6 +39,7 @@ __all__ = [
     "evaluate",
     "judging",
     "mean_and_error",
+    "of_rows",
     "whole_numbers",
 ]
 
@@ -372,16 +373,7 @@ def admitted(
         ValueError: a latent outside the plate over rows, a subsampled plate inside a row, a posterior
             that is a point mass; begins with ``what`` was asked for.
     """
-    if not plan.rows or plan.outside:
-        raise ValueError(
-            f"{what}: sites {sorted(plan.outside)} lie outside the plate over rows, so log p of a "
-            "row is not defined; put every site into that plate"
-        )
-    if plan.subsampled:
-        raise ValueError(
-            f"{what}: plates {list(plan.subsampled)} inside a row are subsampled, and the weight "
-            "of a part of a row is no bound; use the whole plate"
-        )
+    of_rows(what, plan)
     table, other = (run(model, guide, args, {}, plan, 1) for _ in range(2))
     auxiliary = any(site["infer"].get("is_auxiliary") for site in table.guide.values())
     for name, site in table.guide.items():
@@ -393,6 +385,25 @@ def admitted(
                 "mean nothing; report its own bound"
             )
     return table
+
+
+def of_rows(what: str, plan: Plan) -> None:
+    """Refuse a pair whose rows have no log p of their own.
+
+    Raises:
+        ValueError: a latent outside the plate over rows, a subsampled plate inside a row; begins with
+            ``what`` was asked for.
+    """
+    if not plan.rows or plan.outside:
+        raise ValueError(
+            f"{what}: sites {sorted(plan.outside)} lie outside the plate over rows, so log p of a "
+            "row is not defined; put every site into that plate"
+        )
+    if plan.subsampled:
+        raise ValueError(
+            f"{what}: plates {list(plan.subsampled)} inside a row are subsampled, and the weight "
+            "of a part of a row is no bound; use the whole plate"
+        )
 
 
 def entries_per_row(data: Batch | Tensor) -> int:
