@@ -6,6 +6,8 @@ epochs): 84.78 nats; here batch and length are options and the learning rate fal
 
     PYRO_VAE_DATA=... python -m benchmarks.dynamic_mnist --objective iwae:num_particles=50 --epochs 300
 
+Objectives that were trained alike are compared with the ELBO, paired by test row.
+
 Stopped and started again it goes on; ``--minutes`` stops it at the end of an epoch.
 """
 
@@ -18,17 +20,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from torch import nn
 
 import pyro_vae as pv
 from benchmarks.report import write
+from pyro_vae.evaluation.likelihood import mean_and_error
 from pyro_vae.files import replacing
-from pyro_vae.objectives.recipes import parse
+from pyro_vae.objectives.specs import parse
 
 HIDDEN, LATENT, LR = (200, 200), 50, 1e-3
 BURDA = {"betas": (0.99, 0.999), "eps": 1e-4}
+ROWS = "evaluation.npz"
 VALID, K = 400, 5000  # Burda's split leaves 59,600 rows for training
 PUBLISHED = (
     "published, batch 20, 3280 epochs: VAE K = 50 86.35, IWAE K = 5 85.54, K = 50 84.78 (the last two "
@@ -85,17 +90,47 @@ def row(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if last["epoch"] < given.epochs:
         return record
     started = time.monotonic()
-    result = pv.evaluate(model, guide, test.rows(slice(0, given.test)), given.k).summary()
+    evaluation = pv.evaluate(model, guide, test.rows(slice(0, given.test)), given.k)
+    np.savez(folder / ROWS, **evaluation.arrays())
+    result = evaluation.summary()
     names = ("log_p", "log_p_se", "log_p_tenth", "elbo", "elbo_se", "khat_median", "active_units")
     return record | {
         **{name: result[name] for name in names},
         "k": given.k,
         "test_rows": min(given.test, len(test)),
+        "folder": folder.name,
         "evaluation_seconds": time.monotonic() - started,
     }
 
 
-def table(records: list[dict[str, Any]]) -> str:
+def gains(records: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+    """log p minus that under the ELBO after the same epochs, paired by test row, mean over the seeds
+    that both have."""
+    groups: dict[tuple[Any, ...], dict[str, dict[int, Any]]] = {}
+    for r in records:
+        if "folder" in r:
+            with np.load(out / r["folder"] / ROWS) as arrays:
+                rows = torch.from_numpy(arrays["log_p"])
+            group = groups.setdefault((r["epochs"], r["batch"], r["k"], r["test_rows"]), {})
+            group.setdefault(r["objective"], {})[r["seed"]] = rows
+    found = []
+    for (epochs, batch, *_), objectives in groups.items():
+        plain = next((name for name in objectives if name.split(":")[0] == "elbo"), None)
+        for name, mine in objectives.items():
+            seeds = sorted(mine.keys() & objectives[plain].keys()) if plain else []
+            if name == plain or not seeds or plain is None:
+                continue
+            differences = torch.stack([mine[s] - objectives[plain][s] for s in seeds])
+            gain, error = mean_and_error(differences.mean(0))
+            found.append(
+                {"objective": name, "over": plain, "epochs": epochs, "batch": batch}
+                | {"seeds": seeds, "gain": gain, "gain_se": error}
+                | {"per_seed": differences.mean(1).tolist()}
+            )
+    return found
+
+
+def table(records: list[dict[str, Any]], found: list[dict[str, Any]]) -> str:
     head = (
         f"{'objective':<30}   seed   epochs       batch   train s   test NLL <=      -ELBO"
         "            active"
@@ -113,6 +148,14 @@ def table(records: list[dict[str, Any]]) -> str:
             start
             + f"{-r['log_p']:.2f} ± {r['log_p_se']:.2f}   {-r['elbo']:6.2f} ± {r['elbo_se']:.2f}"
             f"   {sum(r['active_units'].values()):>6}"
+        )
+    if found:
+        lines += ["", "log p minus that under the ELBO, paired by test row"]
+    for r in found:
+        each = ", ".join(f"{value:+.2f}" for value in r["per_seed"])
+        lines.append(
+            f"{r['objective']:<30}   {r['epochs']} epochs, batch {r['batch']}, over {r['over']}: "
+            f"{r['gain']:+.3f} ± {r['gain_se']:.3f}   seeds {r['seeds']}: {each}"
         )
     return "\n".join([*lines, "", f"nats, mean ± standard error over test rows; {PUBLISHED}"])
 
@@ -150,7 +193,8 @@ def main() -> None:
         "K": given.k,
         "test rows": given.test,
     }
-    write(given.name, settings, records, table(records))
+    found = gains(records, given.out)
+    write(given.name, settings, records + found, table(records, found))
 
 
 if __name__ == "__main__":
