@@ -34,7 +34,7 @@ from pyro_vae.conditionals import Bernoulli
 from pyro_vae.data.sprites import FACTORS, render
 from pyro_vae.evaluation import disentanglement as scores
 from pyro_vae.files import replacing
-from pyro_vae.objectives.recipes import parse
+from pyro_vae.objectives.specs import parse
 
 HIDDEN, LATENT, BATCH, LR, K = (256, 256), 10, 128, 5e-4, 10
 OBJECTIVES = ("elbo", "beta_vae:beta=4.0", "beta_tcvae:beta=6.0", "factor_vae:gamma=10.0")
