@@ -27,6 +27,8 @@ __all__ = [
 # What says how torch's optimizers compute, not what; and what a graph takes as tensors.
 NO_CONSTANTS = ("capturable", "foreach", "fused", "params", "lr", "initial_lr")
 
+_EVALUATES: dict[type[Optimizer], bool] = {}
+
 
 def refusal(optimizer: Optimizer) -> str:
     """Why a graph can't hold an optimizer's step; empty if nothing is known against it."""
@@ -57,8 +59,11 @@ def numbers(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 def evaluates(optimizer: Optimizer) -> bool:
     """Whether an optimizer's step evaluates the loss itself, as LBFGS does."""
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
+    kind = type(optimizer)
+    if kind not in _EVALUATES:  # asked in every step, and slow to find out
+        closure = inspect.signature(kind.step).parameters.get("closure")
+        _EVALUATES[kind] = closure is not None and closure.default is inspect.Parameter.empty
+    return _EVALUATES[kind]
 
 
 def identity(optimizer: Optimizer) -> list[int]:

@@ -73,7 +73,6 @@ class Eager:
 
     def __init__(self, step: Step) -> None:
         self.step = step
-        self.evaluates = optimizers.evaluates(step.optimizer)
 
     def __call__(self, batches: Sequence[Given]) -> Tensor:
         step, loss = self.step, self.step.loss
@@ -93,7 +92,7 @@ class Eager:
             losses.append(value)
             return value
 
-        if self.evaluates:
+        if optimizers.evaluates(step.optimizer):
             step.optimizer.step(closure)
         else:
             with torch.enable_grad():
