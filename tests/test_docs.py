@@ -29,6 +29,7 @@ import typer
 import pyro_vae
 from pyro_vae import conditionals, evaluation, guides, models, nn, plots
 from pyro_vae.cli import app, main
+from pyro_vae.evaluation import annealing, disentanglement
 from pyro_vae.objectives import penalties
 from pyro_vae.objectives.specs import recipes
 
@@ -162,7 +163,7 @@ def public() -> Iterator[tuple[str, Any]]:
     """Names and objects of all that the library's ``__all__`` lists offer."""
     offered = [getattr(pyro_vae, name) for name in pyro_vae.__all__]
     parts = [part for part in offered if inspect.ismodule(part)]
-    for module in [pyro_vae, *parts, evaluation, models, guides]:
+    for module in [pyro_vae, *parts, evaluation, annealing, disentanglement, models, guides]:
         yield from ((f"{module.__name__}.{name}", getattr(module, name)) for name in module.__all__)
 
 

@@ -532,6 +532,63 @@ def test_a_penalty_that_is_a_module_is_trained_under_svi():
     assert (penalty.point - before).abs().min() > 0.05
 
 
+class Labelled(nn.Module):
+    """y ~ Bernoulli, z ~ N(2 y, 1/2): a draw with a path below one that has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logit = nn.Parameter(torch.tensor(0.4))
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Bernoulli(logits=self.logit.expand(len(x))))
+            pyro.sample("z", dist.Normal(2 * y, 0.5))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("estimator", ["score", "vimco"])
+def test_a_penalty_trains_what_draws_without_a_path(estimator: str, chunk: int | None):
+    """E of the squared mean of z over 4 rows in closed form, against the mean over many draws."""
+    guide, x = Labelled(), torch.zeros(4)
+
+    def penalty(particles: Particles, step: Tensor) -> Tensor:
+        return particles.samples["z"].mean(1).square().mean()
+
+    def gradient(*penalties: Any) -> Tensor:
+        loss = elbo(4, estimator, penalties=penalties, chunk=chunk)(guide.model, guide)(x)
+        return torch.autograd.grad(loss, guide.logit)[0]
+
+    found = []
+    for seed in range(600):  # the elbo's own gradient cancels: the draws are the same
+        torch.manual_seed(seed)
+        came = gradient(penalty)
+        torch.manual_seed(seed)
+        found.append(came - gradient())
+    mean, error = torch.stack(found).mean(), torch.stack(found).std() / len(found) ** 0.5
+    p = guide.logit.detach().sigmoid().requires_grad_()
+    exact = 4 * ((2 * p) ** 2 + (4 * p * (1 - p) + 0.25) / 4)  # summed over rows
+    (slope,) = torch.autograd.grad(exact, p)
+    assert abs(mean - slope * (p * (1 - p)).detach()) < 4 * error
+    assert error < 0.1 * slope
+
+
+@pytest.mark.parametrize("estimator", ["rws", "enumerate"])
+def test_a_penalty_that_would_train_nothing_is_refused(estimator: str):
+    objective = Objective(
+        Renyi() if estimator == "rws" else None,
+        estimator,
+        penalties=[lambda *_: torch.zeros(())],
+        num_particles=2 if estimator == "rws" else 1,
+    )
+    with pytest.raises(ValueError, match=f"(?s){estimator}.*penalty"):
+        objective.loss(Labelled().model, Labelled(), torch.zeros(4))
+
+
 def test_a_penalty_may_be_a_function_and_there_may_be_many():
     model, guide, x = LinearModel(), Guide(), data()
 

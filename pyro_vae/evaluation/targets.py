@@ -186,7 +186,8 @@ def _given(latents: Mapping[str, _Latent], values: Mapping[str, Tensor], *args: 
         with ExitStack() as stack:
             for plate in latent.plates:
                 stack.enter_context(plates[plate])
-            pyro.sample(name, dist.Delta(values[name], event_dim=latent.event_dim))
+            point = dist.Delta(values[name]).to_event(latent.event_dim)  # entry by entry
+            pyro.sample(name, point)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ from pyro_vae.objectives.recipes import (
 )
 from pyro_vae.objectives.relaxed import Gumbel, StraightThrough
 from pyro_vae.objectives.schedules import cosine, cyclical, exponential, linear, piecewise
-from pyro_vae.objectives.views import Sum, Term, View, only, without
+from pyro_vae.objectives.views import Sum, Term, only, without
 
 __all__ = [
     "Baseline",
@@ -152,7 +152,6 @@ __all__ = [
     "piecewise",
     "Sum",
     "Term",
-    "View",
     "only",
     "without",
 ]

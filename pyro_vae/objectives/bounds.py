@@ -253,7 +253,8 @@ class Mix(Bound):
         if not self.terms:
             raise ValueError("Mix: came no bound, wanted (number, bound) with numbers other than 0")
         numbers, parts = zip(*self.terms, strict=True)
-        self.linear = all(part.linear for part in parts)
+        means = all(part.linear for part in parts)
+        self.linear = means and math.isclose(sum(numbers), 1)  # a mean, not a multiple of one
         self.smooth = all(part.smooth for part in parts)
         self.min_particles = max(part.min_particles for part in parts)
         lower = all(part.guarantee == "lower bound" for part in parts)

@@ -40,6 +40,7 @@ class Enumerate(Estimator):
     """
 
     enumerates = True
+    unpenalized = "penalties see particles as draws"
 
     def __init__(self, limit: int = LIMIT) -> None:
         self.limit = limit
@@ -52,6 +53,11 @@ class Enumerate(Estimator):
     def untrained(self, site: str, plan: Plan) -> str | None:
         if site in plan.outside:
             return "lies outside the plate over rows, which all rows would share; use 'score'"
+        if plan.late:
+            return (
+                "comes before a site outside the plate over rows, whose density all rows together "
+                "would weigh; draw that site first, or use 'score'"
+            )
         return _too_many(plan, self.limit)
 
     def particles(self, plan: Plan, num_particles: int) -> int:

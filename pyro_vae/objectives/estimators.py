@@ -36,10 +36,12 @@ class Estimator:
         boundary: the model runs on boundary copies z' of the guide's samples, and log q(z') is taken
             with constant guide parameters, so that only the path through z reaches the guide.
         enumerates: particles are the support of discrete draws, and each counts its probability.
+        unpenalized: why penalties are refused, or empty.
     """
 
     boundary: bool = False
     enumerates: bool = False
+    unpenalized: str = ""
 
     def refusal(self, bound: Bound, num_particles: int) -> str | None:
         """Why this estimator is refused for ``bound``, or None."""
@@ -187,6 +189,8 @@ class WakeSleep(Estimator):
     by O(1 / K), of minus the gradient of KL(p(z | x) || q(z | x)), which becomes less noisy as K grows
     (Le et al. 2019). On the rows of the data, without the sleep phase.
     """
+
+    unpenalized = "its guide follows no loss that a penalty could be added to"
 
     def refusal(self, bound: Bound, num_particles: int) -> str | None:
         if num_particles == 1:

@@ -79,8 +79,9 @@ class Objective(Loss):
         penalties: callables of the ``Particles`` and the step that return nats per row, ``[]`` or
             ``[B]``. With ``chunk``, the mean over chunks.
         num_particles: K.
-        chunk: particles processed at a time. Value and gradient stay what they are, training memory
-            does not grow with K. ``chunk=1`` runs particle by particle without a particle dim.
+        chunk: particles processed at a time. Value and gradient stay what they are (but for coupled
+            rates, whose means are those of a chunk), training memory does not grow with K. ``chunk=1``
+            runs particle by particle without a particle dim.
 
     Parts that are modules own parameters or buffers, which are trained, saved and moved with the rest.
 
@@ -197,10 +198,10 @@ class Objective(Loss):
                 f"bound {self.bound!r}: missing entries of sites {sorted(plan.drawn_parents)} are drawn "
                 "by their score, which belongs to the model's bound and to the guide's; use one bound"
             )
-        if self.penalties and self.estimator.enumerates:
+        if self.penalties and (why := self.estimator.unpenalized):
             raise ValueError(
-                f"estimator {self.estimator!r} with penalty {self.penalties[0]!r}: penalties see "
-                "particles as draws; use another estimator"
+                f"estimator {self.estimator!r} with penalty {self.penalties[0]!r}: {why}; use another "
+                "estimator"
             )
         if self.rate.coupled:
             self._admit_coupled(plan)
@@ -282,14 +283,12 @@ class Objective(Loss):
                 if log_w is not None:
                     reward = reward + (weight * log_w.detach()).sum(1)
                 surrogate = surrogate - (reward * score).mean()
-        if self.penalties:
-            nats = sum(c.penalty * (c.size / self.num_particles) for c in chunks)
-            penalty = (
-                (weight * nats).sum()
-                if log_w is None
-                else (weight * nats).expand(log_w.shape[1]).sum()
-            )
+        for c in chunks if self.penalties else ():
+            nats = weight * c.penalty * (c.size / self.num_particles)
+            penalty = (nats if log_w is None else nats.expand(log_w.shape[1])).sum()
             value, surrogate = value + penalty.detach(), surrogate + penalty
+            if c.score is not None:  # it may look at all draws of a chunk
+                surrogate = surrogate + penalty.detach() * c.score.sum()
         return value + (surrogate - surrogate.detach()), rows
 
     def _chunks(

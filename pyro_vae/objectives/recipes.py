@@ -160,8 +160,15 @@ def chi(
     """The guide descends the chi upper bound CUBO_n (Dieng et al. 2017), the model follows the
     importance weighted bound.
 
-    At finite K CUBO is no bound; its guide covers the posterior rather than a mode of it.
+    At finite K CUBO is no bound; its guide covers the posterior rather than a mode of it. The paper
+    descends exp(n CUBO), which is unbiased and varies more. Raise K until weights are nearly even: with
+    two particles the descent leaves the posterior behind.
+
+    Raises:
+        ValueError: one particle, whose CUBO is the ELBO, which the guide would descend.
     """
+    if num_particles == 1:
+        raise ValueError("chi: came num_particles=1, wanted many: CUBO is the ELBO there")
     bound = Split(Renyi(0.0), Mix((-1.0, Cubo(n))))
     return Objective(bound, estimator, num_particles=num_particles, **parts)
 

@@ -58,7 +58,8 @@ class Gumbel(_Relaxing):
         hard: the model sees the discrete draw, its gradient is that of the relaxed one
             (straight-through Gumbel).
         density: ``"relaxed"`` takes log q and log p of the relaxed draw under relaxed distributions,
-            so that with ``MonteCarlo()`` a lower bound bounds log p(x) of the relaxed model.
+            so that with ``MonteCarlo()`` a lower bound bounds log p(x) of the relaxed model. Its bias
+            does not vanish with the temperature: the two relaxed densities stay apart.
             ``"discrete"`` puts the draw into the discrete log masses, as sum of value * log
             probability. A KL in closed form (rate ``Analytic()``) is that of the discrete
             distributions either way, which makes it the objective of Jang et al.
@@ -207,7 +208,12 @@ class _Relaxed:
             return self.rsample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return self.density() if self.way.relaxed else self.mass(value)
+        return self.density() if self.relaxed else self.mass(value)
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether the density is that of the draw u, whatever the value."""
+        return self.way.relaxed
 
     @property
     def temperature(self) -> Tensor:

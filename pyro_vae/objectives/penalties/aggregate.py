@@ -11,6 +11,7 @@ from pyro_vae.objectives.particles import Particles
 from pyro_vae.objectives.penalties.latent import Latent, Penalty, chosen
 from pyro_vae.objectives.penalties.log_sums import log_sums
 from pyro_vae.objectives.schedules import Schedule
+from pyro_vae.objectives.tracing import core
 
 __all__ = ["MutualInformation", "TotalCorrelation", "decomposition"]
 
@@ -127,6 +128,11 @@ def _log_densities(
     """log q(z | x) and log q(z) of the draws ``[K, B]``, log q(z_d) ``[K, B, D]`` (or D = 0)."""
     latent.needs_all()
     chosen(latent.who, "sampling", sampling, SAMPLING)
+    if getattr(core(latent.posterior), "relaxed", False):
+        raise ValueError(
+            f"{latent.who}: site {latent.name!r}: a relaxed density is that of its own draw, not of "
+            "other rows'; use Gumbel(density='discrete') or MMD"
+        )
     own = latent.log_q()
     if marginals and not latent.factorizes(own):
         raise ValueError(
@@ -151,4 +157,5 @@ def _weighed(log_sum: Tensor, own: Tensor, mine: float, other: float) -> Tensor:
     """log sum_j w_j q_j from log sum_j q_j and the one term that has a weight of its own."""
     if mine == other:
         return log_sum + math.log(other)
-    return log_sum + (other + (mine - other) * (own - log_sum).exp()).log()
+    behind = (own - log_sum).clamp(max=0)  # a term above its sum is rounding
+    return log_sum + (mine + (mine - other) * behind.expm1()).log()

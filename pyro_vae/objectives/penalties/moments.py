@@ -15,7 +15,7 @@ __all__ = ["DIP"]
 
 
 class DIP(Penalty):
-    """Disentangled inferred prior: a covariance C ``[D, D]`` drawn towards I (Kumar et al. 2018),
+    """Disentangled inferred prior: a covariance C ``[D, D]`` drawn towards I (Kumar et al. 2018):
 
         offdiagonal · sum_{i != j} C_ij² + diagonal · sum_i (C_ii - 1)².
 
@@ -71,4 +71,9 @@ class DIP(Penalty):
             particles = latent.particles
             full = particles.plan.canonical(full, 2, particles.num_particles, True)
             return covariance + full.mean(1)
+        if core(fn).event_dim:
+            raise ValueError(
+                f"DIP: site {latent.name!r}: how the dimensions of a {latent.kind()} vary together is "
+                "not known; use kind='I', TotalCorrelation or MMD"
+            )
         return covariance + torch.diag_embed(latent.parameter(variance).mean(1))
