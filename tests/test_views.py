@@ -74,7 +74,7 @@ def test_a_sum_is_its_terms(batch: pv.Batch):
     torch.testing.assert_close(both(*pair)(batch), by_hand)
 
 
-@pytest.mark.parametrize("view", [only("x"), without("y")], ids=repr)
+@pytest.mark.parametrize("view", [only("x"), without("y")], ids=["only", "without"])
 def test_a_view_is_the_batch_without_the_rest(view: object, batch: pv.Batch):
     pair = Two(), Experts()
     found = value_and_gradients(Sum([Term(elbo(2), 1.0, view)]), pair, batch)  # type: ignore[arg-type]
