@@ -1775,8 +1775,8 @@ def planted() -> list[Planted]:
             penalty["penalty dip I, all rows"],
             (
                 Objective.loss_and_rows,
-                "(weight * nats).expand(log_w.shape[1]).sum()",
-                "(weight * nats).sum()",
+                "(nats if log_w is None else nats.expand(log_w.shape[1])).sum()",
+                "nats.sum()",
             ),
         ),
         Planted(

@@ -564,7 +564,7 @@ def test_a_penalty_trains_what_draws_without_a_path(estimator: str, chunk: int |
         return torch.autograd.grad(loss, guide.logit)[0]
 
     found = []
-    for seed in range(600):  # the elbo's own gradient cancels: the draws are the same
+    for seed in range(150):  # the elbo's own gradient cancels: the draws are the same
         torch.manual_seed(seed)
         came = gradient(penalty)
         torch.manual_seed(seed)
@@ -574,7 +574,7 @@ def test_a_penalty_trains_what_draws_without_a_path(estimator: str, chunk: int |
     exact = 4 * ((2 * p) ** 2 + (4 * p * (1 - p) + 0.25) / 4)  # summed over rows
     (slope,) = torch.autograd.grad(exact, p)
     assert abs(mean - slope * (p * (1 - p)).detach()) < 4 * error
-    assert error < 0.1 * slope
+    assert error < 0.2 * slope
 
 
 @pytest.mark.parametrize("estimator", ["rws", "enumerate"])
