@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,8 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from benchmarks.report import write
+from benchmarks.report import folder_of, keep, kept, write
 from pyro_vae.evaluation.likelihood import mean_and_error
-from pyro_vae.files import replacing
 from pyro_vae.objectives.specs import parse
 
 HIDDEN, LATENT, LR = (200, 200), 50, 3e-3
@@ -177,17 +175,12 @@ def main() -> None:
     parser.add_argument("--name", default="dynamic_mnist", help="of the files in results/")
     given = parser.parse_args()
 
-    file = given.out / "rows.json"
-    word = f"{given.objective}_{given.epochs}_{given.batch}_{given.seed}"
-    folder = given.out / "".join(c if c.isalnum() else "_" for c in word)
+    folder = folder_of(given.out, given.objective, given.epochs, given.batch, given.seed)
     folder.mkdir(parents=True, exist_ok=True)
     new = row(given, folder)
-    # others may have finished meanwhile
-    records: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
     key = ("objective", "epochs", "batch", "seed")
-    records = [r for r in records if any(r[name] != new[name] for name in key)] + [new]
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps(records, indent=2))
+    records = [r for r in kept(given.out) if any(r[name] != new[name] for name in key)] + [new]
+    keep(given.out, records)
     settings = {
         "net": "784-200-200-50 tanh",
         "optimizer": f"Adam {LR} by a cosine to 0",

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,10 +25,9 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from benchmarks.report import write
+from benchmarks.report import folder_of, keep, kept, write
 from pyro_vae import conditionals, objectives
 from pyro_vae.evaluation.likelihood import judging, mean_and_error
-from pyro_vae.files import replacing
 from pyro_vae.nn import dense
 from pyro_vae.objectives import (
     Gumbel,
@@ -169,18 +167,14 @@ def main() -> None:
     parser.add_argument("--name", default="gumbel", help="of the files in results/")
     given = parser.parse_args()
 
-    file = given.out / "rows.json"
-    records: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
-    if any(all(r[name] == getattr(given, name) for name in KEY) for r in records):
+    if any(all(r[name] == getattr(given, name) for name in KEY) for r in kept(given.out)):
         print("complete already")
         return
-    word = "_".join(str(getattr(given, name)) for name in KEY)
-    folder = given.out / "".join(c if c.isalnum() else "_" for c in word)
+    folder = folder_of(given.out, *(getattr(given, name) for name in KEY))
     folder.mkdir(parents=True, exist_ok=True)
     new = row(given, folder)
-    records = (json.loads(file.read_text()) if file.exists() else []) + [new]
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps(records, indent=2))
+    records = [*kept(given.out), new]
+    keep(given.out, records)
     settings = {
         "nets": "784-200-784 and 784-(20x10)-200-784 ReLU",
         "optimizer": "Adam, lr by a cosine to 0",

@@ -10,11 +10,30 @@ from typing import Any
 
 import torch
 
+from pyro_vae.files import replacing
 from pyro_vae.training.runs import versions
 
-__all__ = ["RESULTS", "machine", "write"]
+__all__ = ["RESULTS", "folder_of", "keep", "kept", "machine", "write"]
 
+ROWS = "rows.json"
 RESULTS = Path(__file__).parent / "results"
+
+
+def folder_of(out: Path, *key: Any) -> Path:
+    """The folder of one row of a table that is made bit by bit."""
+    return out / "".join(c if c.isalnum() else "_" for c in "_".join(map(str, key)))
+
+
+def kept(out: Path) -> list[dict[str, Any]]:
+    """The rows that earlier calls, or others meanwhile, have finished."""
+    file = out / ROWS
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+def keep(out: Path, records: list[dict[str, Any]]) -> None:
+    """Write the rows so that ``kept`` finds them, all or nothing."""
+    with replacing(out / ROWS) as temporary:
+        temporary.write_text(json.dumps(records, indent=2))
 
 
 def machine() -> dict[str, Any]:

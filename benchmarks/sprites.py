@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import multiprocessing
 import statistics
@@ -29,11 +28,10 @@ import torch
 from torch import Tensor
 
 import pyro_vae as pv
-from benchmarks.report import write
+from benchmarks.report import folder_of, keep, kept, write
 from pyro_vae.conditionals import Bernoulli
 from pyro_vae.data.sprites import FACTORS, render
 from pyro_vae.evaluation import disentanglement as scores
-from pyro_vae.files import replacing
 from pyro_vae.objectives.specs import parse
 
 HIDDEN, LATENT, BATCH, LR, K = (256, 256), 10, 128, 5e-4, 10
@@ -153,29 +151,23 @@ def main() -> None:
     given = parser.parse_args()
 
     given.out.mkdir(parents=True, exist_ok=True)
-    file = given.out / "rows.json"
-    records: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+    records = kept(given.out)
     done = {(r["objective"], r["seed"], r["steps"]) for r in records}
     wanted = [(o, seed, given.steps) for seed in range(given.seeds) for o in given.objectives]
     threads = max(1, torch.get_num_threads() // given.jobs)
     spawn = multiprocessing.get_context("spawn")  # a fork would share the threads of torch
     with ProcessPoolExecutor(given.jobs, spawn) as pool:
         waiting = [
-            pool.submit(row, *cell, folder(given.out, *cell), threads)
+            pool.submit(row, *cell, folder_of(given.out, *cell), threads)
             for cell in wanted
             if cell not in done
         ]
         for ready in as_completed(waiting):
             records.append(ready.result())
-            with replacing(file) as temporary:
-                temporary.write_text(json.dumps(records, indent=2))
+            keep(given.out, records)
             report(given.name, records, given, threads)
     if not waiting:
         report(given.name, records, given, threads)
-
-
-def folder(out: Path, objective: str, seed: int, steps: int) -> Path:
-    return out / "".join(c if c.isalnum() else "_" for c in f"{objective}_{steps}_{seed}")
 
 
 def report(

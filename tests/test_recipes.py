@@ -18,7 +18,6 @@ from pyro_vae.objectives import (
     mean_field,
     renyi,
 )
-from pyro_vae.objectives.specs import arguments, parse, recipes
 from tests.small_pairs import Guide, LinearModel, data, value_and_gradient
 
 PARTS = {
@@ -96,41 +95,3 @@ def test_iwae_comes_to_the_evidence():
 def test_an_unknown_part_is_refused():
     with pytest.raises(TypeError, match="colour"):
         elbo(colour="red")
-
-
-@pytest.mark.parametrize(
-    ("spec", "wanted"),
-    [
-        ("elbo", elbo()),
-        ("iwae:num_particles=50,estimator=dreg", iwae(50, "dreg")),
-        ("renyi:alpha=-inf,num_particles=3", renyi(-math.inf, 3)),
-        ("beta_vae:beta=4,analytic=True", beta_vae(4, analytic=True)),
-        ("beta_vae: beta={'z': 2.0}, num_particles=2", beta_vae({"z": 2.0}, 2)),
-        ("mean_field:num_particles=6,chunk=2", mean_field(6, chunk=2)),
-    ],
-)
-def test_parse(spec: str, wanted: Objective):
-    assert repr(parse(spec)) == repr(wanted)
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("elbow", "'elbow'.*'elbo'"),
-        ("iwae", "without num_particles"),
-        ("iwae:particles=5", "'particles'.*num_particles"),
-        ("iwae:num_particles", "'num_particles'.*argument=value"),
-        ("iwae:num_particles=many", "num_particles='many'.*number"),
-        ("iwae:num_particles=5,estimator=stl", "stl.*iwae"),
-        ("renyi:alpha=1,num_particles=5", "alpha=1 is the ELBO"),
-    ],
-)
-def test_parse_refuses(spec: str, message: str):
-    with pytest.raises(ValueError, match=message):
-        parse(spec)
-
-
-def test_every_recipe_can_be_named():
-    for name, recipe in recipes().items():
-        assert recipe.__name__ == name
-        assert "chunk" in arguments(recipe)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-__all__ = ["LARGE", "by_onednn", "onednn_is_faster"]
+__all__ = ["LARGE", "by_onednn", "onednn_is_faster", "product"]
 
 LARGE = 5e6  # floating-point operations; below, a call of oneDNN takes longer than the product
 PRODUCTS: dict[Any, slice] = {  # and where its matrices are among its arguments
@@ -17,17 +17,27 @@ PRODUCTS: dict[Any, slice] = {  # and where its matrices are among its arguments
     torch.ops.aten.addmm.default: slice(1, 3),
 }
 
-_library = torch.library.Library("pyro_vae", "DEF")
-_library.define("product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
+
+@functools.cache
+def product() -> Any:
+    """The operator ``(a, b, bias) -> a b + bias``, registered when it is first asked for: an import
+    would take 14 ms longer."""
+    library = torch.library.Library("pyro_vae", "DEF")
+    library.define("product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
+    library.impl("product", _product, "CPU")
+    torch.library.register_fake("pyro_vae::product", _shape)
+    _alive.append(library)
+    return torch.ops.pyro_vae.product.default
 
 
-@torch.library.impl(_library, "product", "CPU")
+_alive: list[Any] = []  # an operator goes with its library
+
+
 def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """a [M, L] times b [L, N], any strides, plus bias [N]."""
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("pyro_vae::product")  # type: ignore[untyped-decorator]
 def _shape(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
 
@@ -51,8 +61,7 @@ def by_onednn(module: fx.GraphModule) -> fx.GraphModule:
             matrices = node.args[PRODUCTS[node.target]]
             bias = node.args[0] if len(node.args) == 3 else None
             with graph.inserting_before(node):
-                call = torch.ops.pyro_vae.product.default
-                new = graph.call_function(call, (*matrices, bias))
+                new = graph.call_function(product(), (*matrices, bias))
             new.meta = dict(node.meta)
             node.replace_all_uses_with(new)
             graph.erase_node(node)

@@ -98,10 +98,9 @@ class Sum(Loss):
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Plan:
         """The plan of the first term whose view is the whole batch, else of the first term."""
-        for term in self.terms:  # each refuses what it can't train
-            term.loss.plan(model, guide, term.seen(args), kwargs)
-        first = next((term for term in self.terms if term.view is None), self.terms[0])
-        return first.loss.plan(model, guide, first.seen(args), kwargs)
+        plans = [t.loss.plan(model, guide, t.seen(args), kwargs) for t in self.terms]
+        whole = (plan for t, plan in zip(self.terms, plans, strict=True) if t.view is None)
+        return next(whole, plans[0])
 
     def __repr__(self) -> str:
         return f"Sum({', '.join(map(repr, self.terms))})"
