@@ -178,7 +178,7 @@ class PairSpec:
                     f"--pair: came {name!r}, wanted one of {list(pairs.BUILDERS)}, or "
                     "my_file.py:build for a function of your own"
                 )
-            return getattr(pairs, name)  # type: ignore[no-any-return]
+            return pairs.BUILDERS[name]
         build = getattr(_module(str(Path(file).resolve()), self.digest), name, None)
         if not callable(build):
             raise ValueError(f"--pair: {file} has no function {name!r}")

@@ -1,0 +1,13 @@
+"""Ready pairs of model and guide, built for given data.
+
+A pair builder is any ``build(batch, **options) -> (model, guide)``. It looks at the batch (training
+rows) for shapes, for the kind of values, and for where the outputs should start, and keeps
+nothing: whatever it read off the data is in the modules' ``state_dict``.
+"""
+
+from pyro_vae.pairs.by_name import BUILDERS as BUILDERS
+from pyro_vae.pairs.by_name import part, rebuilt
+from pyro_vae.pairs.parts import inputs_for, likelihood_for
+from pyro_vae.pairs.vae import update_sigma, vae
+
+__all__ = ["inputs_for", "likelihood_for", "part", "rebuilt", "update_sigma", "vae"]
