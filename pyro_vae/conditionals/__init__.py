@@ -27,6 +27,7 @@ from pyro_vae.conditionals.gaussian import (
     StandardNormal,
 )
 from pyro_vae.conditionals.logistic import DiscretizedLogisticMixture, LogisticMixture
+from pyro_vae.conditionals.mixture import StratifiedMixture
 from pyro_vae.conditionals.network import Network
 from pyro_vae.conditionals.student import StudentT
 
@@ -46,6 +47,7 @@ __all__ = [
     "OneHotCategorical",
     "OptimalSigma",
     "StandardNormal",
+    "StratifiedMixture",
     "StudentT",
     "UniformBernoulli",
     "UniformOneHot",

@@ -22,6 +22,7 @@ from pyro_vae.objectives.tracing import (
     Replay,
     Site,
     close,
+    core,
     elementwise,
     elementwise_kl,
     is_point,
@@ -135,7 +136,9 @@ class Particles:
     def log_draw(self, site: Site) -> Tensor:
         """Log density with which a detached draw was made: scales and masks weigh what a draw
         counts, not how it came about."""
-        log_prob, event_dim = elementwise(unmasked_fn(site), site["value"].detach(), masked=False)
+        log_prob, event_dim = elementwise(
+            *(unmasked_fn(site), site["value"].detach()), masked=False, drawn=True
+        )
         local = self.local(site["name"])
         return self.plan.canonical(log_prob, event_dim, self.num_particles, local)
 
@@ -155,8 +158,9 @@ class Particles:
         kl, event_dim = elementwise_kl(q["fn"], self.model[site]["fn"])
         return self._weigh(q, kl, event_dim)
 
-    def _density(self, site: Site, value: Tensor | None = None) -> Tensor:
-        log_prob, event_dim = elementwise(site["fn"], site["value"] if value is None else value)
+    def _density(self, site: Site, value: Tensor | None = None, drawn: bool = False) -> Tensor:
+        value = site["value"] if value is None else value
+        log_prob, event_dim = elementwise(site["fn"], value, drawn=drawn)
         return self._weigh(site, log_prob, event_dim)
 
     def _weigh(
@@ -354,7 +358,7 @@ def _constant_in_place(particles: Particles, draws: Mapping[str, Tensor]) -> dic
     distribution object, so that dropout, flows and function guides are right without a second run."""
     ((name, site),) = particles.guide.items()
     at_boundary = particles._density(site, draws[name])
-    score = particles._density(site, site["value"].detach())
+    score = particles._density(site, site["value"].detach(), drawn=True)
     return {name: at_boundary - score + score.detach()}
 
 
@@ -366,7 +370,8 @@ def _constant_rerun(
     handlers: list[Any],
 ) -> dict[str, Tensor]:
     """log q(z'; constant parameters) for several sites: run the guide again on z', its parameters
-    swapped for detached ones. Densities are taken inside, since flows read parameters lazily."""
+    swapped for detached ones. Densities are taken inside, since flows read parameters lazily. The
+    responsibilities of mixtures keep their gradient."""
     module = owner(guide)
     assert module is not None
     constant = {id(p): p.detach() for p in parameters(module)}
@@ -375,30 +380,53 @@ def _constant_rerun(
         sites, _ = trace(
             guide, args, kwargs, handlers, particles.num_particles, particles.plan.nesting
         )
-        return {name: particles._density(site) for name, site in sites.items()}
+        densities = {name: particles._density(site) for name, site in sites.items()}
+    mixtures = [name for name, site in sites.items() if hasattr(core(site["fn"]), "as_drawn")]
+    at_rest = _at_rest(particles, args, kwargs) if mixtures else {}
+    for name in mixtures:
+        value = at_rest[name]["value"]
+        responsibility = particles._density(at_rest[name], value, drawn=True)
+        responsibility = responsibility - particles._density(at_rest[name], value)
+        densities[name] = densities[name] - responsibility + responsibility.detach()
+    return densities
 
 
 def log_q_at_rest(
     particles: Particles, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """log q of each latent at its draw, under live parameters and without the user's scales. Draws
-    are detached, the ones that later sites depend on as well, so that nothing but the score is left."""
-    guide, sites = particles.plan.programs[1], particles.guide
-    values = {name: site["value"].detach() for name, site in sites.items()}
-    if len(sites) > 1:
-        module, plan = owner(guide), particles.plan
-        assert module is not None
-        buffers = {id(b): b.clone() for b in module.buffers()}
-        handlers = [Replay({**particles.subsamples, **values})]
-        with swapped(module, buffers), poutine.block():
-            sites, _ = trace(guide, args, kwargs, handlers, particles.num_particles, plan.nesting)
+    """log q of each latent at its draw, under live parameters and without the user's scales; of a
+    mixture that of the component drawn. Draws are detached, the ones that later sites depend on as
+    well, so that nothing but the score is left."""
+    sites = _at_rest(particles, args, kwargs)
     out = {}
     for name in particles.posterior:
-        log_prob, event_dim = elementwise(sites[name]["fn"], values[name])
+        log_prob, event_dim = elementwise(
+            sites[name]["fn"], particles.guide[name]["value"].detach(), drawn=True
+        )
         density = particles._weigh(sites[name], log_prob, event_dim, scale=1.0)
         observed = particles.guide[name]["infer"].get("observed")
         out[name] = _where_drawn(particles, sites[name], observed, density)
     return out
+
+
+def _at_rest(
+    particles: Particles, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Site]:
+    """The guide's sites under live parameters, where every draw is detached."""
+    guide, sites = particles.plan.programs[1], particles.guide
+    if len(sites) == 1:
+        return sites
+    module, plan = owner(guide), particles.plan
+    assert module is not None
+    values = {name: site["value"].detach() for name, site in sites.items()}
+    buffers = {id(b): b.clone() for b in module.buffers()}
+    handlers = [Replay({**particles.subsamples, **values})]
+    with swapped(module, buffers), poutine.block():
+        again, _ = trace(guide, args, kwargs, handlers, particles.num_particles, plan.nesting)
+    for name, site in again.items():
+        if hasattr(mixture := core(site["fn"]), "as_drawn"):
+            mixture.as_drawn(core(sites[name]["fn"]))
+    return again
 
 
 def _row_scales(

@@ -139,17 +139,21 @@ def unmasked_fn(site: Site) -> Any:
     return site["infer"].get("source", site["fn"])
 
 
-def elementwise(fn: Any, value: Tensor, masked: bool = True) -> tuple[Tensor, int]:
-    """Log density before the sum over event dims, and how many event dims it still has."""
+def elementwise(
+    fn: Any, value: Tensor, masked: bool = True, drawn: bool = False
+) -> tuple[Tensor, int]:
+    """Log density before the sum over event dims, and how many event dims it still has; with ``drawn``
+    that of the part of a mixture which the draw came from."""
     if isinstance(fn, dist.Independent):
-        log_prob, event_dim = elementwise(fn.base_dist, value, masked)
+        log_prob, event_dim = elementwise(fn.base_dist, value, masked, drawn)
         return log_prob, event_dim + fn.reinterpreted_batch_ndims
     if isinstance(fn, MaskedDistribution) and not masked:
-        return elementwise(fn.base_dist, value, masked)
+        return elementwise(fn.base_dist, value, masked, drawn)
     if isinstance(fn, MaskedDistribution) and isinstance(fn._mask, Tensor):
-        log_prob, event_dim = elementwise(fn.base_dist, value)
+        log_prob, event_dim = elementwise(fn.base_dist, value, drawn=drawn)
         return scale_and_mask(log_prob, mask=fn._mask[(...,) + (None,) * event_dim]), event_dim
-    return fn.log_prob(value), 0
+    density = getattr(fn, "drawn_log_prob", fn.log_prob) if drawn else fn.log_prob
+    return density(value), 0
 
 
 def elementwise_kl(q: Any, p: Any) -> tuple[Tensor, int]:
