@@ -1528,7 +1528,7 @@ def planted() -> list[Planted]:
         Planted(
             "DReG: densities taken outside the swapped context",
             cell(LAZY, "iwae", dreg),
-            (particles._constant_rerun, "        return {", "    return {"),
+            (particles._constant_rerun, "        densities = {", "    densities = {"),
         ),
         Planted(
             "DReG: stored parameters not swapped",
@@ -1544,7 +1544,7 @@ def planted() -> list[Planted]:
         Planted(
             "DReG: remainder of per-site beta moves along z1 -> z2",
             cell(BOTTOM_UP, "iwae", dreg, per_site),
-            (particles.log_q_at_rest, "if len(sites) > 1", "if False"),
+            (particles._at_rest, "if len(sites) == 1", "if True"),
         ),
         Planted(
             "DReG: the user's scale of a site missing in its beta",
