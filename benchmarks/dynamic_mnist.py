@@ -17,122 +17,31 @@ from __future__ import annotations
 
 import argparse
 import functools
-import time
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyro
 import torch
 from torch import nn
 
 import pyro_vae as pv
+from benchmarks import burda
 from benchmarks.report import folder_of, keep, kept, write
-from pyro_vae.evaluation.likelihood import mean_and_error
-from pyro_vae.objectives.specs import parse
 
 HIDDEN, LATENT, LR = (200, 200), 50, 3e-3  # of rows that do not say
-ROWS = "evaluation.npz"
-VALID, K = 400, 5000  # Burda's split leaves 59,600 rows for training
 PUBLISHED = (
     "published, batch 20, 3280 epochs: VAE K = 50 86.35, IWAE K = 5 85.54, K = 50 84.78 (the last two "
     "as restated by others)"
 )
 
 
-class _Limit:
-    """Ends a training when its time is up."""
-
-    def __init__(self, minutes: float) -> None:
-        self.end = time.monotonic() + 60 * minutes
-
-    def __call__(self, run: pv.Run, record: dict[str, float]) -> None:
-        if time.monotonic() > self.end:
-            raise StopIteration
+def over_elbo(name: str, cells: burda.Cells) -> list[str]:
+    """The ELBO at its best learning rate, for every other row."""
+    elbos = [each for each in cells if each.startswith("elbo")]
+    best = max(elbos, key=lambda each: _mean(cells, each), default=name)
+    return [] if best == name else [best]
 
 
-def row(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One training, or what is left of it, and its evaluation when it is complete."""
-    train = pv.data.load("mnist", "train", ["x"], binarize="dynamic")
-    train, _ = pv.data.split(train, (1 - VALID / len(train), VALID / len(train)))
-    test = pv.data.load("mnist", "test", ["x"], binarize="dynamic")
-    steps = given.epochs * -(-len(train) // given.batch)
-    pyro.set_rng_seed(given.seed)
-    model, guide = pv.pairs.vae(train, latent=LATENT, hidden=HIDDEN, activation=nn.Tanh)
-    run = pv.fit(
-        model,
-        guide,
-        train,
-        parse(given.objective),
-        epochs=given.epochs,
-        batch_size=given.batch,
-        optimizer=functools.partial(torch.optim.Adam, lr=given.lr, fused=True),
-        scheduler=functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps),
-        callbacks=[_Limit(given.minutes)] if given.minutes else [],
-        compile=given.compile,
-        device=given.device,
-        seed=given.seed,
-        out=folder,
-        resume=(folder / "state.safetensors").exists(),
-    )
-    last = run.history[-1]
-    record = {
-        "objective": given.objective,
-        "seed": given.seed,
-        "epoch": last["epoch"],
-        "epochs": given.epochs,
-        "batch": given.batch,
-        "lr": given.lr,
-        "seconds": last["seconds"],
-        "train_loss": last["loss"],
-        "level": run.level,
-        "folder": folder.name,
-    }
-    if last["epoch"] < given.epochs:
-        return record
-    started = time.monotonic()
-    evaluation = pv.evaluate(model, guide, test.rows(slice(0, given.test)), given.k)
-    np.savez(folder / ROWS, **evaluation.arrays())
-    result = evaluation.summary()
-    names = ("log_p", "log_p_se", "log_p_tenth", "elbo", "elbo_se", "khat_median", "active_units")
-    return record | {
-        **{name: result[name] for name in names},
-        "k": given.k,
-        "test_rows": min(given.test, len(test)),
-        "evaluation_seconds": time.monotonic() - started,
-    }
-
-
-def gains(records: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
-    """log p minus that under the ELBO (at its best learning rate) after the same epochs, paired by test
-    row, mean over the seeds that both have."""
-    groups: dict[tuple[Any, ...], dict[str, dict[int, Any]]] = {}
-    for r in records:
-        if "log_p" in r:
-            with np.load(out / r["folder"] / ROWS) as arrays:
-                rows = torch.from_numpy(arrays["log_p"])
-            group = groups.setdefault((r["epochs"], r["batch"], r["k"], r["test_rows"]), {})
-            group.setdefault(f"{r['objective']} at {r.get('lr', LR):g}", {})[r["seed"]] = rows
-    found = []
-    for (epochs, batch, *_), objectives in groups.items():
-        elbos = [name for name in objectives if name.startswith("elbo")]
-        plain = max(
-            elbos,
-            key=lambda name: float(torch.stack([*objectives[name].values()]).mean()),
-            default=None,
-        )
-        for name, mine in objectives.items():
-            seeds = sorted(mine.keys() & objectives[plain].keys()) if plain else []
-            if name == plain or not seeds or plain is None:
-                continue
-            differences = torch.stack([mine[s] - objectives[plain][s] for s in seeds])
-            gain, error = mean_and_error(differences.mean(0))
-            found.append(
-                {"objective": name, "over": plain, "epochs": epochs, "batch": batch}
-                | {"seeds": seeds, "gain": gain, "gain_se": error}
-                | {"per_seed": differences.mean(1).tolist()}
-            )
-    return found
+def _mean(cells: burda.Cells, name: str) -> float:
+    return float(torch.stack([*cells[name].values()]).mean())
 
 
 def table(records: list[dict[str, Any]], found: list[dict[str, Any]]) -> str:
@@ -157,10 +66,9 @@ def table(records: list[dict[str, Any]], found: list[dict[str, Any]]) -> str:
     if found:
         lines += ["", "log p minus that under the ELBO, paired by test row"]
     for r in found:
-        each = ", ".join(f"{value:+.2f}" for value in r["per_seed"])
         lines.append(
-            f"{r['objective']:<48}   {r['epochs']} epochs, batch {r['batch']}, over {r['over']}: "
-            f"{r['gain']:+.3f} ± {r['gain_se']:.3f}   seeds {r['seeds']}: {each}"
+            f"{r['row']:<48}   {r['epochs']} epochs, batch {r['batch']}, over {r['over']}: "
+            + burda.told(r)
         )
     return "\n".join([*lines, "", f"nats, mean ± standard error over test rows; {PUBLISHED}"])
 
@@ -170,23 +78,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--objective", default="iwae:num_particles=50")
-    parser.add_argument("--epochs", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=100)
-    parser.add_argument("--lr", type=float, default=LR, help="of Adam, at the start")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--k", type=int, default=K, help="particles of the evaluation")
-    parser.add_argument("--test", type=int, default=10_000, help="test rows")
-    parser.add_argument("--minutes", type=float, help="after which this call stops")
-    parser.add_argument("--compile", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("runs/dynamic_mnist"))
-    parser.add_argument("--name", default="dynamic_mnist", help="of the files in results/")
+    parser.add_argument("--lr", type=float, default=LR, help="of Adam, at the start")
+    burda.add_options(parser, "dynamic_mnist")
     given = parser.parse_args()
 
     key: tuple[Any, ...] = (given.objective, given.epochs, given.batch, given.seed)
     folder = folder_of(given.out, *key, *([] if given.lr == LR else [given.lr]))
     folder.mkdir(parents=True, exist_ok=True)
-    new = row(given, folder)
+    build = functools.partial(pv.pairs.vae, latent=LATENT, hidden=HIDDEN, activation=nn.Tanh)
+    new = burda.row(given, folder, given.objective, given.seed, build, given.lr, given.minutes)
     records = [r for r in kept(given.out) if r.get("folder") != folder.name] + [new]
     keep(given.out, records)
     settings = {
@@ -195,7 +96,13 @@ def main() -> None:
         "K": given.k,
         "test rows": given.test,
     }
-    found = gains(records, given.out)
+    found = burda.gains(
+        records,
+        given.out,
+        ("epochs", "batch"),
+        lambda r: f"{r['objective']} at {r.get('lr', LR):g}",
+        over_elbo,
+    )
     write(given.name, settings, records + found, table(records, found))
 
 

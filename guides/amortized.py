@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyro
 from pyro.nn import PyroModule
 from torch import Tensor, nn
@@ -30,5 +32,9 @@ class AmortizedGuide(PyroModule):
     def forward(self, batch: Batch) -> Tensor:
         """Draw z ``[..., B, *latent]`` for the rows of the batch."""
         with pyro.plate("data", batch.size, dim=-1):
-            z: Tensor = pyro.sample(self.latent, self.posterior(batch[self.site]))
+            z: Tensor = pyro.sample(self.latent, self.posterior_of(batch))
         return z
+
+    def posterior_of(self, batch: Batch) -> Any:
+        """The distribution that the rows' latents are drawn from."""
+        return self.posterior(batch[self.site])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pyro
 import torch
@@ -41,10 +42,15 @@ class JointGuide(PyroModule):
 
     def forward(self, batch: Batch) -> Tensor:
         """Draw z ``[..., B, *latent]`` for the rows of the batch."""
-        parts = [module(*self._seen(batch, site)) for site, module in self.features.items()]
+        fn = self.posterior_of(batch)
         with pyro.plate("data", batch.size, dim=-1):
-            z: Tensor = pyro.sample(self.latent, self.posterior(torch.cat(parts, -1)))
+            z: Tensor = pyro.sample(self.latent, fn)
         return z
+
+    def posterior_of(self, batch: Batch) -> Any:
+        """The distribution that the rows' latents are drawn from."""
+        parts = [module(*self._seen(batch, site)) for site, module in self.features.items()]
+        return self.posterior(torch.cat(parts, -1))
 
     def _seen(self, batch: Batch, site: str) -> tuple[Tensor, Tensor]:
         if site in batch:

@@ -26,6 +26,7 @@ class MultimodalModel(PyroModule):
         likelihoods: site -> conditional with parent z, or parents z and w_m.
         private: site -> prior of its private latent, whose name is ``w_site``.
         latent: name of z.
+        trunk: network z -> h that all likelihoods share, whose parent h then is in place of z.
 
     Raises:
         ValueError: no likelihood, private latents of sites that have none.
@@ -37,6 +38,7 @@ class MultimodalModel(PyroModule):
         likelihoods: Mapping[str, nn.Module],
         private: Mapping[str, nn.Module] | None = None,
         latent: str = "z",
+        trunk: nn.Module | None = None,
     ) -> None:
         super().__init__()
         unknown = set(private or {}) - set(likelihoods)
@@ -48,13 +50,15 @@ class MultimodalModel(PyroModule):
         self.prior, self.latent = prior, latent
         self.likelihoods = nn.ModuleDict(likelihoods)
         self.private = nn.ModuleDict(private or {})
+        self.trunk = nn.Identity() if trunk is None else trunk
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Run the program for ``batch.size`` rows; returns site -> x_m ``[..., B, *event]``."""
         with pyro.plate("data", batch.size, dim=-1):
             z = pyro.sample(self.latent, self.prior())
             own = {site: pyro.sample(f"w_{site}", prior()) for site, prior in self.private.items()}
+            h = self.trunk(z)
             return {
-                site: pyro.sample(site, likelihood(z, *([own[site]] if site in own else [])))
+                site: pyro.sample(site, likelihood(h, *([own[site]] if site in own else [])))
                 for site, likelihood in self.likelihoods.items()
             }

@@ -38,6 +38,7 @@ __all__ = [
     "encode",
     "evaluate",
     "fit",
+    "impute",
     "interpolate",
     "iwae",
     "load",
@@ -62,6 +63,7 @@ _ON_DEMAND = {
     "compare": "pyro_vae.training.compare:compare",
     "conditionals": "pyro_vae.conditionals:",
     "data": "pyro_vae.data:",
+    "impute": "pyro_vae.evaluation.imputation:impute",
     "load": "pyro_vae.saved:load",
     "nn": "pyro_vae.nn:",
     "pairs": "pyro_vae.pairs:",
@@ -72,6 +74,7 @@ _ON_DEMAND = {
 if TYPE_CHECKING:  # the same for those who read and do not run: type checkers, editors, docs
     from pyro_vae import conditionals, data, nn, pairs
     from pyro_vae.evaluation.annealing import annealed, bidirectional
+    from pyro_vae.evaluation.imputation import impute
     from pyro_vae.linter import check
     from pyro_vae.reporting import plots
     from pyro_vae.reporting.arviz import to_arviz

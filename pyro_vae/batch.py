@@ -236,6 +236,24 @@ class Batch:
         new._observed[site] = observed
         return new
 
+    def with_mask(self, site: str = "x", name: str = "s") -> Batch:
+        """Add the mask of a site as data: ``name`` [B, *event], 1 where observed and 0 elsewhere.
+
+        What a model of missing entries observes (``pyro_vae.models.SelectionModel``).
+        """
+        if self.mapped:
+            raise ValueError(
+                f"site {site!r}: with_mask() came rows that are read from files when they are taken, "
+                "where their mask is not known yet; load them without mmap=True"
+            )
+        if name in self:
+            raise ValueError(
+                f"site {name!r}: the batch has it already; give the mask another name="
+            )
+        new = self._map(lambda tensor: tensor)
+        new._values[name] = self.mask(site).to(torch.get_default_dtype())
+        return new
+
     def steps(self, site: str) -> Batch:
         """Split ``[B, T, *event]`` into sites ``site_0 .. site_{T-1}``, each ``[B, *event]``.
 

@@ -235,7 +235,9 @@ def _module(file: str, digest: str | None) -> ModuleType:
 
 
 def _meant(value: Any) -> Any:
-    """The part that a word names, else the word itself."""
+    """The part that a word names, else the word itself; likewise of what a mapping holds."""
+    if isinstance(value, dict):
+        return {key: _meant(item) for key, item in value.items()}
     named = pairs.part(value) if isinstance(value, str) else None
     return value if named is None else named
 

@@ -258,6 +258,20 @@ def test_hide_refuses_masks_that_do_not_fit() -> None:
         batch.hide("s", torch.zeros(3, dtype=torch.bool))
 
 
+def test_with_mask() -> None:
+    batch = Batch({"x": [[1.0, NAN], [NAN, 2.0], [3.0, 4.0]], "y": torch.arange(3)})
+    masked = batch.rows([0, 1]).with_mask()
+    assert masked.sites == ("x", "y", "s")
+    assert masked["s"].tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert masked["s"].dtype == torch.get_default_dtype()
+    assert masked.incomplete == ("x",)  # the mask itself is complete
+    assert batch.sites == ("x", "y")
+    assert batch.with_mask("y", "seen")["seen"].tolist() == [1.0, 1.0, 1.0]
+    assert masked.rows([1])["s"].tolist() == [[0.0, 1.0]]
+    with pytest.raises(ValueError, match=r"site 's': the batch has it already"):
+        masked.with_mask()
+
+
 def test_steps() -> None:
     x = np.arange(12.0).reshape(2, 3, 2) + 1
     x[1, 2] = NAN

@@ -98,6 +98,19 @@ def test_evaluate_says_what_the_units_are(capsys):
     assert "bits_per_dim" not in summary
 
 
+def test_a_mask_is_data_where_it_is_asked_for(capsys):
+    pair = "--pair missing -o mechanism=self_masking -o latent=2 -o hidden=4"
+    options = "-d drop=group -d standardize=True -d mask=x"
+    output_of(f"fit --data people.csv {options} --out seen --steps 2 {pair}", capsys)
+    summary = json.loads(output_of("evaluate seen -K 500 --json", capsys))
+    run = pv.load("seen")
+    test = pv.Batch({"x": raw_test_rows().astype(np.float32)})
+    test = pv.data.standardize_as(run.config["data"], test).with_mask()
+    log_p = run.evaluate(test, 500).summary()["log_p"]
+    np.testing.assert_allclose(summary["log_p"], log_p, rtol=0.01)
+    assert abs(run.evaluate(test.without("s"), 500).summary()["log_p"] - log_p) > 0.2
+
+
 def test_evaluate_images_in_bits(capsys):
     summary = json.loads(output_of("evaluate images -K 20 --json", capsys))
     entries, log_p = 64, summary["log_p"] - 64 * np.log(256)

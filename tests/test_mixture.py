@@ -60,7 +60,9 @@ def test_strata(number: int):
 def test_every_component_has_its_share_of_particles_on_average(number: int):
     fn = mixture((40_000,)).expand((number, 40_000))
     fn.rsample()
-    counts = torch.stack([(fn._drawn == m).double().mean(0) for m in range(3)], -1)
+    which = fn._drawn
+    assert which is not None
+    counts = torch.stack([which.eq(m).double().mean(0) for m in range(3)], -1)
     assert sigmas(counts - 1 / 3).abs().max() < 4
 
 
@@ -128,7 +130,8 @@ class Mirror(ChainGuide):
 
 
 def normal(value: Tensor, loc: Any, log_scale: Tensor) -> Tensor:
-    return dist.Normal(loc, log_scale.exp()).log_prob(value)
+    log_p: Tensor = dist.Normal(loc, log_scale.exp()).log_prob(value)
+    return log_p
 
 
 def density(v: dict[str, Tensor], z: Tensor, locs: list[Tensor]) -> Tensor:
@@ -167,7 +170,9 @@ PAIRS: dict[str, tuple[Any, Any, Callable[..., Tensor], int, int]] = {
     "a site after the mixture": (Chain, ChainGuide, two, 2, NODES),
     "a site before the mixture": (Chain, Mirror, mirrored, 2, NODES),
 }
-STRATA = {  # equally probable tuples of components; both orders where rows draw them by themselves
+STRATA: dict[
+    int, list[tuple[int, ...]]
+] = {  # equally probable tuples of components; both orders where rows draw them by themselves
     1: [(0,), (1,)],
     2: [(0, 1)],
     3: [(0, 0, 1), (0, 1, 1)],
@@ -184,7 +189,7 @@ def quadrature(pair: str, bound: Any, number: int, beta: dict[str, float]) -> Te
     grid = torch.cartesian_prod(*[points] * axes).reshape(-1, axes).T
     mass = torch.cartesian_prod(*[weights / weights.sum()] * axes).reshape(-1, axes).prod(1)
     total = torch.zeros(()).double()
-    strata = STRATA[number]
+    strata: list[tuple[int, ...]] = STRATA[number]
     if "before" in pair:  # its rows are particles as well: each draws its component by itself
         strata = list(itertools.product((0, 1), repeat=number))
     for tuple_ in strata:

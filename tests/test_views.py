@@ -11,7 +11,7 @@ from pyro.optim import Adam  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.objectives import Loss, Sum, Term, elbo, iwae, linear, only, without
+from pyro_vae.objectives import Loss, Sum, Term, elbo, iwae, linear, mean_field, only, without
 
 MODALITIES = ("x", "y")
 
@@ -81,6 +81,13 @@ def test_a_view_is_the_batch_without_the_rest(view: object, batch: pv.Batch):
     wanted = value_and_gradients(elbo(2), pair, batch.without("y"))
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_the_first_call_has_a_gradient():
+    """Each term looks at the pair before its first run, and leaves buffers as graphs saw them."""
+    batch = pv.Batch({"x": torch.randn(6, 3)})
+    pair = pv.pairs.vae(batch, latent=2, hidden=(4,))
+    value_and_gradients(Sum([mean_field(), elbo(2)]), pair, batch)
 
 
 def test_rows_are_weighted_sums(batch: pv.Batch):

@@ -37,6 +37,8 @@ GIVEN = {  # to recipes that want them
     "gamma": "2.0",
     "nats": "0.1",
     "offdiagonal": "2.0",
+    "sites": "('x', 'y')",
+    "modalities": "2",
 }
 FURTHER = (  # what an argument changes in the graph
     "iwae:num_particles=6,chunk=3",

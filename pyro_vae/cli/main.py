@@ -11,13 +11,13 @@ from pathlib import Path
 import pyro
 import typer
 
-from pyro_vae.cli import data, plot, train, use
+from pyro_vae.cli import data, impute, plot, train, use
 from pyro_vae.cli.options import app
 from pyro_vae.saved import imported, line
 
 __all__ = ["main"]
 
-COMMANDS = (data, train, use, plot)  # which register theirs
+COMMANDS = (data, train, use, impute, plot)  # which register theirs
 
 
 def main(arguments: list[str] | None = None) -> int:

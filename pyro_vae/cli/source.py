@@ -26,17 +26,19 @@ class Source:
         name: as ``data.load`` takes it.
         sites: names by comma; of a table also SITE=COLUMN+COLUMN, and SITE alone for the rest.
         options: further arguments of ``data.load`` as NAME=VALUE, and ``standardize=True`` (or
-            ``standardize=x,t``), which takes mean and scale from the training rows.
+            ``standardize=x,t``), which takes mean and scale from the training rows; ``mask=x`` adds
+            the mask of x as site s (``Batch.with_mask``).
     """
 
     def __init__(self, name: str, sites: str | None, options: Sequence[str] | None = None) -> None:
         self.name, self.given = name, tuple(options or ())
         self.sites = _sites(sites)
-        self.options = keywords(self.given, data.load, "--data-option", {"standardize"})
+        self.options = keywords(self.given, data.load, "--data-option", {"standardize", "mask"})
         for key in {"split", "sites"} & set(self.options):
             raise ValueError(f"--data-option: {key} is an option of its own: --{key}")
         for key in LISTS & set(self.options):
             self.options[key] = _names(str(self.options[key]))
+        self.mask = self.options.pop("mask", None)
         scaled = self.options.pop("standardize", False)
         self.standardized = _names(scaled) if isinstance(scaled, str) else None
         self.standardize = bool(scaled)
@@ -89,7 +91,7 @@ class Source:
                 train, *filter(None, [valid]), sites=self.standardized
             )
             valid = others[0] if others else None
-        return train, valid
+        return self._masked(train), None if valid is None else self._masked(valid)
 
     def _share(self, text: str) -> float:
         try:
@@ -106,7 +108,10 @@ class Source:
     def judged(self, split: str, record: dict[str, Any]) -> Batch:
         """The rows of a split, standardised as a run's training rows were by its record."""
         rows = self.rows(split).still()
-        return data.standardize_as(record, rows) if record else rows
+        return self._masked(data.standardize_as(record, rows) if record else rows)
+
+    def _masked(self, batch: Batch) -> Batch:
+        return batch if self.mask is None else batch.with_mask(str(self.mask))
 
     def _load(self, split: str) -> Batch:
         return data.load(self.name, split, self.sites, **self.options)

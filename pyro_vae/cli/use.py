@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,6 @@ from pyro_vae.cli.options import (
     RunFolder,
     RunPair,
     Seed,
-    Sites,
     Split,
     app,
     dumps,
@@ -57,6 +56,14 @@ Annealed = Annotated[
     ),
 ]
 Rows = Annotated[int | None, typer.Option(min=1, help="the first ROWS only")]
+Given = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--given",
+        metavar="SITE[=FILE]",
+        help="draw the rest given SITE of the run's data (see --split), or of a file; repeat",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,38 @@ class Opened:
             shapes = {site: list(example.shape(site)[1:]) for site in example}
         check_alike(shapes, judged, split)
         return judged if rows is None else judged.rows(slice(0, rows))
+
+    def given(self, items: Sequence[str], split: str, rows: int | None) -> Batch:
+        """Sites to go on from: SITE is that of the run's rows, SITE=FILE a file's own site of that
+        name, or its only one."""
+        pairs = [[part.strip() for part in item.partition("=")] for item in items]
+        own = any(not equals for _, equals, _ in pairs)
+        ours = self.rows(split, rows) if own else Batch(size=0)
+        values, observed = {}, {}
+        for site, equals, file in pairs:
+            of = self._file(site, file, rows) if equals else ours
+            if site not in of:
+                raise ValueError(f"--given: came {site!r}, the run's data have {list(of)}")
+            values[site] = of[site]
+            if site in of.incomplete:
+                observed[site] = of.mask(site)
+        return Batch(values, observed)
+
+    def _file(self, site: str, file: str, rows: int | None) -> Batch:
+        found = data.load(file).still()
+        own = site if site in found else next(iter(found))
+        if own != site and len(found.sites) > 1:
+            raise ValueError(
+                f"--given {site}={file}: the file has sites {list(found)}, not {site!r}"
+            )
+        masks = {site: found.mask(own)} if own in found.incomplete else {}
+        batch = Batch({site: found[own]}, masks)
+        steps = [step for step in self.record.get("steps", ()) if step.get("site") == site]
+        batch = data.standardize_as({**self.record, "steps": steps}, batch)
+        example = Folder(self.path).example()
+        if isinstance(example, Batch) and site in example:
+            check_alike({site: list(example.shape(site)[1:])}, batch, file)
+        return batch if rows is None else batch.rows(slice(0, rows))
 
     def numbers(self, split: str, size: int) -> Tensor:
         """Numbers that the ``size`` rows of a split have in their file."""
@@ -206,25 +245,41 @@ def evaluate(
 def sample(
     run: RunFolder,
     out: Out,
-    num: Annotated[int, typer.Option("--num", "-n", min=1, help="rows")] = 64,
+    num: Annotated[
+        int | None,
+        typer.Option("--num", "-n", min=1, help="rows (default: 64; with --given, all there are)"),
+    ] = None,
     mean: Annotated[
         bool, typer.Option("--mean", help="expected values given z, instead of draws")
     ] = False,
-    sites: Sites = None,
+    given: Given = None,
+    split: Split = "test",
+    sites: Annotated[
+        str | None, typer.Option("--sites", "--site", help="sites by comma (default: all)")
+    ] = None,
     raw: Raw = False,
     shape: ImageShape = None,
+    data_name: RunData = None,
     pair: RunPair = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
-    """Draw new rows from the model.
+    """Draw new rows from the model, or what rows lack from the guide and the model.
 
     \b
     pyro-vae sample runs/a --num 100 --out samples.npz
     pyro-vae sample runs/a --out samples.png
+    pyro-vae sample runs/a --given y --site x --num 20 --out from_labels.png
+    pyro-vae sample runs/a --given x=images.npy --site y --mean --out labels.csv
     """
-    opened = Opened(run, pair, None, device)
-    drawn = predict.sample(opened.run().model, num, sites=_names(sites), mean=mean, seed=seed)
+    opened = Opened(run, pair, data_name, device)
+    options: dict[str, Any] = {"sites": _names(sites), "mean": mean, "seed": seed}
+    kept = opened.run()
+    if given:
+        batch = opened.given(given, split, num)
+        drawn = predict.sample(kept.model, given=batch, guide=kept.guide, **options)
+    else:
+        drawn = predict.sample(kept.model, num or 64, **options)
     opened.write(out, drawn, raw, shape)
 
 

@@ -29,6 +29,9 @@ from pyro_vae.conditionals.gaussian import (
 from pyro_vae.conditionals.logistic import DiscretizedLogisticMixture, LogisticMixture
 from pyro_vae.conditionals.mixture import StratifiedMixture
 from pyro_vae.conditionals.network import Network
+from pyro_vae.conditionals.ordinal import Ordinal
+from pyro_vae.conditionals.poisson import Poisson
+from pyro_vae.conditionals.positive import LogNormal
 from pyro_vae.conditionals.student import StudentT
 
 __all__ = [
@@ -41,11 +44,14 @@ __all__ = [
     "Gaussian",
     "LearnedBernoulli",
     "LearnedOneHot",
+    "LogNormal",
     "LogisticMixture",
     "NegativeBinomial",
     "Network",
     "OneHotCategorical",
     "OptimalSigma",
+    "Ordinal",
+    "Poisson",
     "StandardNormal",
     "StratifiedMixture",
     "StudentT",

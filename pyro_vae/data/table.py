@@ -31,7 +31,7 @@ from pyro_vae.data.source import MASK, Array, Source, as_list, near, select, sha
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["read_csv", "read_frame", "read_parquet"]
+__all__ = ["csv_frame", "read_csv", "read_frame", "read_parquet"]
 
 Names = str | Collection[str] | None
 INDEX = re.compile(
@@ -46,14 +46,29 @@ def read_csv(path: Path, sites: Any = None, columns: Names = None, drop: Names =
     Raises:
         ValueError: no rows, rows of different lengths, what ``read_frame`` refuses.
     """
+    frame, separator = csv_frame(path), _separator(path)
+
+    def line(row: int) -> str:
+        records = (number for number, fields in _records(path, separator) if fields)
+        return f"line {[number for _, number in zip(range(row + 2), records, strict=False)][-1]}"
+
+    record = {"source": str(path), "sha256": sha256(path)}
+    return _sites(str(path), frame, line, record, sites, columns, drop)
+
+
+def csv_frame(path: Path) -> pd.DataFrame:
+    """A file of text as a DataFrame of pandas' nullable types.
+
+    Raises:
+        ValueError: rows of different lengths, columns of one name.
+    """
     import pandas as pd
 
-    separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    header = _check_csv(path, separator)
+    header = _check_csv(path, _separator(path))
     _check_names(str(path), header)
-    frame = pd.read_csv(
+    return pd.read_csv(
         path,
-        sep=separator,
+        sep=_separator(path),
         names=header,
         header=0,
         index_col=False,
@@ -63,12 +78,9 @@ def read_csv(path: Path, sites: Any = None, columns: Names = None, drop: Names =
         low_memory=False,
     )
 
-    def line(row: int) -> str:
-        records = (number for number, fields in _records(path, separator) if fields)
-        return f"line {[number for _, number in zip(range(row + 2), records, strict=False)][-1]}"
 
-    record = {"source": str(path), "sha256": sha256(path)}
-    return _sites(str(path), frame, line, record, sites, columns, drop)
+def _separator(path: Path) -> str:
+    return "\t" if path.suffix.lower() == ".tsv" else ","
 
 
 def read_parquet(

@@ -39,6 +39,7 @@ __all__ = [
     "encode",
     "generate",
     "joined",
+    "leaves",
     "means",
     "ready",
     "reconstruct",
@@ -91,7 +92,7 @@ def sample(
     guide = guide or _draws_nothing
     with judging(model, guide, seed):  # by itself, so that the draws are those of mean=False
         data = still(given).to(device_of(model, guide, given))
-        leaves = _leaves(model, guide, take(data, slice(0, 2))) if mean else set()
+        free = leaves(model, guide, take(data, slice(0, 2))) if mean else set()
     parts = []
     with judging(model, guide, seed):
         for _, rows in batches(data, batch_size):
@@ -102,7 +103,7 @@ def sample(
                 )
             dim = _row_dim(found, len(rows))
             wanted = [name for name in found if sites is None or name in sites]
-            parts.append({s: _sampled(found[s], rows, dim, s in leaves) for s in wanted})
+            parts.append({s: _sampled(found[s], rows, dim, s in free) for s in wanted})
     return joined("sample", parts, len(data))
 
 
@@ -291,7 +292,7 @@ def _draw(
     return drawn, generate(model, rows, values, nesting, size)
 
 
-def _leaves(model: Program, guide: Program, rows: Batch | Tensor) -> set[str]:
+def leaves(model: Program, guide: Program, rows: Batch | Tensor) -> set[str]:
     """Sites that the model draws and on which no other depends."""
     drawn, sites = _draw(model, guide, rows)
     bare, _ = unwrap(model, (rows,))

@@ -18,7 +18,7 @@ from pyro_vae.objectives.particles import Particles, run
 from pyro_vae.objectives.plan import Plan
 from pyro_vae.objectives.tracing import Replay, core, trace, unwrap
 
-__all__ = ["Proposal", "candidates"]
+__all__ = ["Proposal", "candidates", "log_weights_of"]
 
 Program = Callable[..., Any]
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)
@@ -47,7 +47,8 @@ class Proposal:
         handlers: list[Any] = [_Widen(self.scale)] if self.scale != 1.0 else []
         if self.prior_share:
             handlers = [Replay(_mixed(model, guide, args, plan, size, self.prior_share))]
-        return _log_w(run(model, guide, args, {}, plan, size, handlers=handlers), self.prior_share)
+        table = run(model, guide, args, {}, plan, size, handlers=handlers)
+        return log_weights_of(table, self.prior_share)
 
     def __str__(self) -> str:
         if self.prior_share:
@@ -135,7 +136,8 @@ def _mixed(
     return mixed
 
 
-def _log_w(particles: Particles, share: float) -> Tensor:
+def log_weights_of(particles: Particles, share: float = 0.0) -> Tensor:
+    """log p(x, z) - log q(z) of each particle, ``[K, B]``; q is mixed with ``share`` of the prior."""
     likelihood, prior, posterior = (
         torch.zeros(()) if (total := particles.summed(terms)) is None else total
         for terms in (particles.likelihood, particles.prior, particles.posterior)

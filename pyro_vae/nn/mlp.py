@@ -49,12 +49,13 @@ def dense(
     outputs: Sequence[int],
     hidden: Sequence[int] = (200, 200),
     activation: Callable[[], nn.Module] = nn.ReLU,
+    norm: Callable[[int], nn.Module] | None = None,
 ) -> nn.Sequential:
     """An mlp between two shapes, ``[..., *inputs] -> [..., *outputs]``."""
     flat, wide = math.prod(inputs), math.prod(outputs)
     return nn.Sequential(
         Reshape(inputs, (flat,)),
-        mlp((flat, *hidden, wide), activation),
+        mlp((flat, *hidden, wide), activation, norm),
         Reshape((wide,), outputs),
     )
 

@@ -25,6 +25,7 @@ from pyro_vae.objectives.penalties import (
     DIP,
     MMD,
     Adversarial,
+    ExpertKL,
     MutualInformation,
     Penalty,
     Sinkhorn,
@@ -34,6 +35,7 @@ from pyro_vae.objectives.penalties import (
 from pyro_vae.objectives.rates import Analytic, Beta, Capacity, FreeBits, MonteCarlo
 from pyro_vae.objectives.relaxed import Gumbel, StraightThrough
 from pyro_vae.objectives.schedules import Schedule
+from pyro_vae.objectives.views import Sum, Term, only
 
 __all__ = [  # in the order in which they are listed to users
     "elbo",
@@ -64,6 +66,9 @@ __all__ = [  # in the order in which they are listed to users
     "beta_tcvae",
     "factor_vae",
     "dip_vae",
+    "mvae",
+    "jmvae",
+    "mvtcae",
 ]
 
 
@@ -388,7 +393,66 @@ def dip_vae(
     return Objective(Elbo(), estimator, num_particles=num_particles, **parts)
 
 
-def _penalized(parts: Mapping[str, Any], *penalties: Penalty) -> dict[str, Any]:
+# ---------------------------------------------------------------------------------------------
+# Several modalities
+
+
+def mvae(
+    sites: Sequence[str],
+    beta: float | Schedule = 1.0,
+    num_particles: int = 1,
+    estimator: str | Estimator = "pathwise",
+    **parts: Any,
+) -> Sum:
+    """ELBO of all sites together plus that of each of them alone, ``sites=('x', 'y')``, the KL in closed
+    form (Wu & Goodman 2018). No bound, but a sum of them.
+
+    The paper adds random subsets for more than two sites; write those as ``Term``s of a ``Sum``.
+    """
+    loss = beta_vae(beta, num_particles, estimator, analytic=True, **parts)
+    return Sum([loss, *(Term(loss, 1.0, only(site)) for site in sites)])
+
+
+def jmvae(
+    alpha: float | Schedule = 0.1,
+    beta: float | Schedule = 1.0,
+    num_particles: int = 1,
+    estimator: str | Estimator = "pathwise",
+    **parts: Any,
+) -> Objective:
+    """ELBO of a joint posterior, minus alpha times its KL to the surrogate of each site (Suzuki et al.
+    2017), which ``pairs.multimodal(guide="joint")`` has."""
+    parts = _penalized(parts, ExpertKL(alpha))
+    return beta_vae(beta, num_particles, estimator, analytic=True, **parts)
+
+
+def mvtcae(
+    modalities: int,
+    alpha: float,
+    beta: float = 1.0,
+    num_particles: int = 1,
+    estimator: str | Estimator = "pathwise",
+    **parts: Any,
+) -> Objective:
+    """Total correlation objective of a product of experts (Hwang et al. 2021): of n modalities,
+    (n - alpha) / n times the log-likelihood, minus beta times (1 - alpha) KL(q || p) and alpha / n times
+    the KL to each expert; all of it divided by the first factor, so that alpha = 0 is beta-VAE.
+
+    Raises:
+        ValueError: alpha outside [0, 1], no likelihood left.
+    """
+    if not (0 <= alpha <= 1 and alpha < modalities):
+        raise ValueError(
+            f"mvtcae: came modalities={modalities!r}, alpha={alpha!r}, wanted alpha from 0 to 1, and "
+            "more modalities than that"
+        )
+    unit = beta / (modalities - alpha)
+    parts = _penalized(parts, ExpertKL(unit * alpha))
+    rate = unit * modalities * (1 - alpha)
+    return beta_vae(rate, num_particles, estimator, analytic=True, **parts)
+
+
+def _penalized(parts: Mapping[str, Any], *penalties: Penalty | ExpertKL) -> dict[str, Any]:
     return {**parts, "penalties": (*penalties, *parts.get("penalties", ()))}
 
 

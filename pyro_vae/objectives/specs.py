@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
-from ast import literal_eval
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +31,8 @@ def arguments(recipe: Recipe) -> dict[str, Any]:
 def parse(spec: str) -> Loss:
     """An objective from ``"iwae:num_particles=50,estimator=dreg"``: a recipe's name and arguments.
 
-    Values are numbers, schedules such as ``linear(1000)``, mappings of them such as ``{'z': 2}``, and
-    words where a recipe takes one.
+    Values are numbers, schedules such as ``linear(1000)``, mappings of them such as ``{'z1': 2, 'z2':
+    linear(1000)}``, and words where a recipe takes one.
 
     Raises:
         ValueError: unknown recipe, unknown or missing argument, a value that the recipe refuses.
@@ -50,7 +50,7 @@ def parse(spec: str) -> Loss:
                 raise ValueError(f"objective {spec!r}: came {item!r}, wanted argument=value")
             if key not in known:
                 raise ValueError(f"objective {name!r}: came {key!r}, wanted one of {list(known)}")
-            given[key] = schedules.parse(value) or literal(value)
+            given[key] = _value(value)
             if isinstance(given[key], str) and not isinstance(known[key], str):
                 raise ValueError(f"objective {name!r}: came {key}={value!r}, wanted a number")
         empty = inspect.Parameter.empty
@@ -76,11 +76,24 @@ def _items(text: str) -> list[str]:
     return [part for part in parts if part.strip()]
 
 
+def _value(text: str) -> Any:
+    """A schedule, a mapping of which some values are, else a literal."""
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError:
+        return literal(text)
+    if not isinstance(node, ast.Dict) or None in node.keys:
+        return schedules.parse(text) or literal(text)
+    names = [ast.unparse(key) for key in node.keys if key]
+    values = [_value(ast.unparse(value)) for value in node.values]
+    return dict(zip(map(literal, names), values, strict=True))
+
+
 def literal(text: str) -> Any:
     """A number, tuple, bool or None from the command line; a word stays a word."""
     if text.lstrip("+-").lower() in ("inf", "nan"):
         return float(text)
     try:
-        return literal_eval(text)
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text

@@ -10,6 +10,7 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 
@@ -139,7 +140,9 @@ def preserved(*programs: Callable[..., Any]) -> Iterator[None]:
             yield
     finally:
         pyro.util.set_rng_state({"torch": torch.get_rng_state(), **others})
-        with torch.no_grad():
+        # graphs that hold a buffer stay right, since it is again what they saw
+        same = _unsafe_preserve_version_counter(tuple(b for b, _ in kept))
+        with torch.no_grad(), same:
             for buffer, value in reversed(kept):  # a part may be met before its whole
                 buffer.copy_(value)
 

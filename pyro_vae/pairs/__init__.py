@@ -7,7 +7,22 @@ nothing: whatever it read off the data is in the modules' ``state_dict``.
 
 from pyro_vae.pairs.by_name import BUILDERS as BUILDERS
 from pyro_vae.pairs.by_name import part, rebuilt
+from pyro_vae.pairs.hierarchical import hierarchical
+from pyro_vae.pairs.missing import missing
+from pyro_vae.pairs.multimodal import multimodal
 from pyro_vae.pairs.parts import inputs_for, likelihood_for
+from pyro_vae.pairs.table import table
 from pyro_vae.pairs.vae import update_sigma, vae
 
-__all__ = ["inputs_for", "likelihood_for", "part", "rebuilt", "update_sigma", "vae"]
+__all__ = [
+    "hierarchical",
+    "inputs_for",
+    "likelihood_for",
+    "missing",
+    "multimodal",
+    "part",
+    "rebuilt",
+    "table",
+    "update_sigma",
+    "vae",
+]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from pyro_vae import conditionals
+from pyro_vae import conditionals, guides
 from pyro_vae import nn as networks
 from pyro_vae.batch import Batch
 
@@ -30,6 +30,7 @@ def ready(build: Build) -> Build:
         try:
             said = {name: _spelled(value) for name, value in list(given.items())[1:]}
         except ValueError:
+            vars(model).pop("built_by", None)  # of a builder inside this one
             return model, guide
         model.built_by = {"pair": build.__name__, "options": said}
         return model, guide
@@ -52,8 +53,9 @@ def rebuilt(built_by: dict[str, Any], batch: Batch) -> tuple[Any, Any]:
 
 
 def part(word: str) -> Any:
-    """What a word names: a conditional, a network, a class of torch.nn; None if nothing."""
-    for place in (conditionals, networks):
+    """What a word names: a conditional, a network, a part of guides, a class of torch.nn; None if
+    nothing."""
+    for place in (conditionals, networks, guides):
         if word in place.__all__:
             return getattr(place, word)
     found = getattr(nn, word, None)
@@ -66,6 +68,8 @@ def _spelled(value: Any) -> Any:
         return value
     if isinstance(value, list | tuple):
         return [_spelled(item) for item in value]
+    if isinstance(value, Mapping):
+        return {"of": {str(key): _spelled(item) for key, item in value.items()}}
     name = getattr(value, "__name__", "")
     if not name or part(name) is not value:
         raise ValueError(f"{value!r} has no name")
@@ -75,6 +79,8 @@ def _spelled(value: Any) -> Any:
 def _meant(value: Any) -> Any:
     if isinstance(value, list):
         return [_meant(item) for item in value]
+    if isinstance(value, dict) and isinstance(value.get("of"), dict):
+        return {key: _meant(item) for key, item in value["of"].items()}
     if isinstance(value, dict):
         found = part(str(value.get("part")))
         if found is None:

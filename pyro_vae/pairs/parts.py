@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,15 @@ from pyro_vae.conditionals.discrete import (
     Categorical,
     ContinuousBernoulli,
     NegativeBinomial,
+    OneHotCategorical,
+    UniformBernoulli,
+    UniformOneHot,
 )
-from pyro_vae.conditionals.gaussian import Gaussian
+from pyro_vae.conditionals.gaussian import Gaussian, StandardNormal
 from pyro_vae.conditionals.logistic import LogisticMixture
 from pyro_vae.conditionals.marginal import deviation, mean, median, spread
+from pyro_vae.conditionals.poisson import Poisson
+from pyro_vae.conditionals.positive import LogNormal
 from pyro_vae.conditionals.student import StudentT
 from pyro_vae.nn.affine import Affine, OneHot
 
@@ -26,13 +31,20 @@ __all__ = [
     "Architecture",
     "Part",
     "built",
+    "built_prior",
+    "check_parts",
     "check_support",
     "inputs_for",
     "likelihood_for",
     "observed",
+    "standard",
 ]
 
 FEW_CLASSES = 16
+PRIORS: dict[type, Callable[..., nn.Module]] = {  # of a posterior, where it is not StandardNormal
+    Bernoulli: UniformBernoulli,
+    OneHotCategorical: UniformOneHot,
+}
 
 Part = nn.Module | Callable[..., nn.Module]
 """A ready conditional; or a class of them, or a function, that makes one."""
@@ -76,27 +88,31 @@ def likelihood_for(batch: Batch, site: str = "x") -> type[nn.Module]:
 def inputs_for(batch: Batch, site: str, likelihood: nn.Module) -> tuple[nn.Module, tuple[int, ...]]:
     """A fixed module from a site's values to network inputs of order 1, and their shape.
 
-    Classes become indicators ``[C, *event]``; counts without end (NegativeBinomial) become log(1 +
-    x), as in scVI (Lopez et al. 2018); bounded counts and values in [0, 1] are divided by their
-    maximum; other values are standardised entry by entry, which outliers (StudentT) must neither
-    set the unit of nor come through at full size: median, median deviation, then asinh.
+    Classes become indicators ``[C, *event]``; counts without end (NegativeBinomial, Poisson) become
+    log(1 + x), as in scVI (Lopez et al. 2018), positive values (LogNormal) log x; bounded counts and
+    values in [0, 1] are divided by their maximum; other values are standardised entry by entry, which
+    outliers (StudentT) must neither set the unit of nor come through at full size: median, median
+    deviation, then asinh.
     """
     data = observed(batch, site)
     event_shape = tuple(data.shape[1:])
     if isinstance(likelihood, Categorical):
         return OneHot(likelihood.classes, len(event_shape)), (likelihood.classes, *event_shape)
-    if isinstance(likelihood, NegativeBinomial):
-        return nn.Sequential(_Log1p(), _standard(data.log1p())), event_shape
+    if isinstance(likelihood, NegativeBinomial | Poisson):
+        return nn.Sequential(_Log1p(), standard(data.log1p())), event_shape
+    if isinstance(likelihood, LogNormal):
+        return nn.Sequential(_Log(), standard(data.log())), event_shape
     if isinstance(likelihood, StudentT):
         center, scale = median(data), deviation(data)
         return nn.Sequential(Affine(-center / scale, 1 / scale), _Asinh()), event_shape
     if Binomial.takes(data) or ContinuousBernoulli.takes(data):
         top = float(data.nan_to_num().max())
         return Affine(scale=1 / top if top > 0 else 1.0), event_shape
-    return _standard(data), event_shape
+    return standard(data), event_shape
 
 
-def _standard(data: Tensor) -> Affine:
+def standard(data: Tensor) -> Affine:
+    """Each entry less its mean over the observed rows, in units of its deviation."""
     scale = spread(data)
     return Affine(-mean(data) / scale, 1 / scale)
 
@@ -106,6 +122,11 @@ class _Log1p(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.log1p()
+
+
+class _Log(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.log()
 
 
 class _Asinh(nn.Module):
@@ -126,6 +147,26 @@ def built(
     return conditional
 
 
+def built_prior(
+    prior: nn.Module | Callable[..., nn.Module] | None, posterior: nn.Module, shape: Sequence[int]
+) -> nn.Module:
+    """A ready prior as it is, else what a function of the latent dimensions makes; None: the
+    uninformed one for the kind of posterior."""
+    if isinstance(prior, nn.Module):
+        return prior
+    return (prior or PRIORS.get(type(posterior), StandardNormal))(*shape)
+
+
+def check_parts(pair: str, parts: Mapping[str, Any], optional: Collection[str]) -> None:
+    """Refuse what is no part of a pair and builds none."""
+    for name, part in parts.items():
+        if not (callable(part) or (part is None and name in optional)):
+            raise ValueError(
+                f"{pair}: came {name}={part!r}, wanted a class or a function that builds it (those of "
+                "pyro_vae.conditionals and pyro_vae.nn)"
+            )
+
+
 def observed(batch: Batch, site: str) -> Tensor:
     """Values ``[N, *event]`` of a site in torch's default dtype, NaN where missing."""
     if not isinstance(batch, Batch):
@@ -144,10 +185,16 @@ def observed(batch: Batch, site: str) -> Tensor:
 
 
 @torch.no_grad()
-def check_support(batch: Batch, site: str, likelihood: nn.Module, z: Tensor, data: Tensor) -> None:
-    """Score nothing that the likelihood gives no density, such as grey pixels under a Bernoulli."""
+def check_support(
+    batch: Batch, site: str, likelihood: nn.Module, z: Tensor | Sequence[Tensor], data: Tensor
+) -> None:
+    """Score nothing that the likelihood gives no density, such as grey pixels under a Bernoulli.
+
+    Args:
+        z: its parent, or all of them, ``[1, *latent]``.
+    """
     training = likelihood.training
-    fn = likelihood.eval()(z)
+    fn = likelihood.eval()(*([z] if isinstance(z, Tensor) else z))
     likelihood.train(training)
     name = type(likelihood).__name__
     if fn.event_shape != data.shape[1:]:

@@ -10,13 +10,7 @@ import torch
 from torch import nn
 
 from pyro_vae.batch import Batch
-from pyro_vae.conditionals.discrete import (
-    Bernoulli,
-    OneHotCategorical,
-    UniformBernoulli,
-    UniformOneHot,
-)
-from pyro_vae.conditionals.gaussian import DiagonalGaussian, OptimalSigma, StandardNormal
+from pyro_vae.conditionals.gaussian import DiagonalGaussian, OptimalSigma
 from pyro_vae.guides.amortized import AmortizedGuide
 from pyro_vae.models.latent import LatentVariableModel
 from pyro_vae.nn.leading import Reshape
@@ -26,6 +20,8 @@ from pyro_vae.pairs.parts import (
     Architecture,
     Part,
     built,
+    built_prior,
+    check_parts,
     check_support,
     inputs_for,
     likelihood_for,
@@ -33,11 +29,6 @@ from pyro_vae.pairs.parts import (
 )
 
 __all__ = ["update_sigma", "vae"]
-
-PRIORS: dict[type, Callable[..., nn.Module]] = {  # of a posterior, where it is not StandardNormal
-    Bernoulli: UniformBernoulli,
-    OneHotCategorical: UniformOneHot,
-}
 
 Run = Any  # of training.fit, which pairs do not import
 
@@ -92,12 +83,7 @@ def vae(
             f"vae: came latent={latent!r}, hidden={hidden!r}, wanted whole numbers above 0"
         )
     parts = {"likelihood": likelihood, "prior": prior, "posterior": posterior}
-    for name, part in {**parts, "net": net, "activation": activation}.items():
-        if not (callable(part) or (part is None and name in parts)):
-            raise ValueError(
-                f"vae: came {name}={part!r}, wanted a class or a function that builds it (those of "
-                "pyro_vae.conditionals and pyro_vae.nn)"
-            )
+    check_parts("vae", {**parts, "net": net, "activation": activation}, optional=parts)
 
     def decoder(outputs: Sequence[int]) -> nn.Module:
         flat = (math.prod(shape),)
@@ -112,9 +98,7 @@ def vae(
         return nn.Sequential(inputs, net(input_shape, outputs, hidden, activation))
 
     q = built(DiagonalGaussian if posterior is None else posterior, encoder, shape, None)
-    if not isinstance(prior, nn.Module):
-        prior = (prior or PRIORS.get(type(q), StandardNormal))(*shape)
-    model = LatentVariableModel(prior, p, site=site).to(batch.device)
+    model = LatentVariableModel(built_prior(prior, q, shape), p, site=site).to(batch.device)
     guide = AmortizedGuide(q, site=site).to(batch.device)
     check_support(batch, site, p, torch.zeros(1, *shape, device=batch.device), data)
     return model, guide
@@ -123,8 +107,8 @@ def vae(
 def update_sigma(
     data: Batch, site: str = "x", momentum: float = 1.0
 ) -> Callable[[Run, dict[str, float]], None]:
-    """A callback of ``fit`` for a pair of ``vae`` whose likelihood is ``OptimalSigma``: after every
-    epoch its scale moves to the residuals of the training rows; evaluation finds it frozen.
+    """A callback of ``fit`` for a pair of ``vae`` or ``missing`` whose likelihood is ``OptimalSigma``:
+    after every epoch its scale moves to the residuals of the training rows; evaluation finds it frozen.
 
     Args:
         data: training rows (or as many of them as the scale needs).
@@ -142,7 +126,7 @@ def update_sigma(
             raise ValueError(
                 f"update_sigma: came a {type(likelihood).__name__} likelihood, wanted OptimalSigma"
             )
-        z = run.guide.posterior(batch[site]).sample()
+        z = run.guide.posterior_of(batch).sample()
         likelihood.update(batch[site], likelihood(z).mean, batch.mask(site), momentum)
 
     return callback

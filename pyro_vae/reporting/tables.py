@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from pyro_vae.files import replacing
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["columns", "write"]
+__all__ = ["check_path", "columns", "stacked", "write", "write_frame"]
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -33,13 +34,43 @@ def write(
     Raises:
         ValueError: another suffix, no such folder, a parquet file without pyarrow.
     """
-    path = Path(path)
-    if path.suffix not in WRITERS:
-        raise ValueError(f"{path}: came suffix {path.suffix!r}, wanted one of {list(WRITERS)}")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: no such folder: {path.parent}")
+    path = check_path(path, WRITERS)
     with replacing(path) as temporary:
         WRITERS[path.suffix](temporary, arrays, names or {})
+
+
+def write_frame(path: str | Path, frame: pd.DataFrame) -> None:
+    """Write a table by the suffix of ``path``, ``.csv``, ``.tsv`` or ``.parquet``, without its index.
+
+    Raises:
+        ValueError: another suffix, no such folder, a parquet file without pyarrow.
+    """
+    path = check_path(path)
+    with replacing(path) as temporary:
+        FRAMES[path.suffix](frame, temporary)
+
+
+def check_path(path: str | Path, suffixes: Collection[str] | None = None) -> Path:
+    """Refuse a path that nothing can be written to, before there is something to write.
+
+    Raises:
+        ValueError: another suffix, no such folder.
+    """
+    path, suffixes = Path(path), FRAMES if suffixes is None else suffixes
+    if path.suffix not in suffixes:
+        raise ValueError(f"{path}: came suffix {path.suffix!r}, wanted one of {list(suffixes)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: no such folder: {path.parent}")
+    return path
+
+
+def stacked(frames: Sequence[pd.DataFrame], name: str) -> pd.DataFrame:
+    """Tables below each other, and in front a column that says which of them a row is of, from 1."""
+    import pandas as pd
+
+    numbered = enumerate(frames, start=1)
+    parts = [pd.concat([frame.assign(**{name: i})[[name]], frame], axis=1) for i, frame in numbered]
+    return pd.concat(parts, ignore_index=True)
 
 
 def columns(arrays: Arrays, names: Mapping[str, Sequence[str]] | None = None) -> pd.DataFrame:
@@ -64,26 +95,29 @@ def _npz(path: Path, arrays: Arrays, names: Mapping[str, Sequence[str]]) -> None
     np.savez_compressed(path, **values)
 
 
-def _csv(path: Path, arrays: Arrays, names: Mapping[str, Sequence[str]], sep: str = ",") -> None:
-    columns(arrays, names).to_csv(path, index=False, sep=sep)
+def _table(path: Path, arrays: Arrays, names: Mapping[str, Sequence[str]]) -> None:
+    FRAMES[path.suffix](columns(arrays, names), path)
 
 
-def _tsv(path: Path, arrays: Arrays, names: Mapping[str, Sequence[str]]) -> None:
-    _csv(path, arrays, names, "\t")
+def _csv(frame: pd.DataFrame, path: Path, sep: str = ",") -> None:
+    frame.to_csv(path, index=False, sep=sep)
 
 
-def _parquet(path: Path, arrays: Arrays, names: Mapping[str, Sequence[str]]) -> None:
+def _parquet(frame: pd.DataFrame, path: Path) -> None:
     try:
-        columns(arrays, names).to_parquet(path, index=False)
+        frame.to_parquet(path, index=False)
     except ImportError:
         raise ValueError(
             f"{path}: parquet needs pyarrow: pip install 'pyro-vae[parquet]'; or write .csv"
         ) from None
 
 
+FRAMES: dict[str, Callable[[pd.DataFrame, Path], None]] = {
+    ".csv": _csv,
+    ".tsv": partial(_csv, sep="\t"),
+    ".parquet": _parquet,
+}
 WRITERS: dict[str, Callable[[Path, Arrays, Mapping[str, Sequence[str]]], None]] = {
     ".npz": _npz,
-    ".csv": _csv,
-    ".tsv": _tsv,
-    ".parquet": _parquet,
+    **dict.fromkeys(FRAMES, _table),
 }

@@ -1,4 +1,5 @@
-"""Penalties: terms on the aggregate posterior q(z) = E_x q(z | x), added to the loss per row."""
+"""Penalties: terms on the aggregate posterior q(z) = E_x q(z | x), or on a row's own posterior, added
+to the loss per row."""
 
 from pyro_vae.objectives.penalties.adversarial import Adversarial
 from pyro_vae.objectives.penalties.aggregate import (
@@ -7,6 +8,7 @@ from pyro_vae.objectives.penalties.aggregate import (
     decomposition,
 )
 from pyro_vae.objectives.penalties.distances import MMD, Sinkhorn, SlicedWasserstein
+from pyro_vae.objectives.penalties.experts import ExpertKL
 from pyro_vae.objectives.penalties.latent import Latent, Penalty
 from pyro_vae.objectives.penalties.moments import DIP
 
@@ -14,6 +16,7 @@ __all__ = [
     "DIP",
     "MMD",
     "Adversarial",
+    "ExpertKL",
     "Latent",
     "MutualInformation",
     "Penalty",

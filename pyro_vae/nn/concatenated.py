@@ -1,0 +1,28 @@
+"""Several inputs for what takes one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Concatenated"]
+
+
+class Concatenated(nn.Module):
+    """A network, or a conditional, of several vectors, one beside the other.
+
+    Args:
+        net: what takes ``[..., D_1 + D_2 + ...]``.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, *parents: Tensor) -> Any:
+        """Of ``[..., D_1]``, ``[..., D_2]``, ..., whose leading dims broadcast."""
+        lead = torch.broadcast_shapes(*(parent.shape[:-1] for parent in parents))
+        spread = [parent.expand(*lead, parent.shape[-1]) for parent in parents]
+        return self.net(torch.cat(spread, -1))
