@@ -108,7 +108,8 @@ def test_a_missing_site_is_an_absent_one(name: str, objective):
 
     def rows(batch: Batch) -> torch.Tensor:
         pyro.set_rng_seed(3)
-        return objective.rows(model, guide, batch)
+        found: torch.Tensor = objective.rows(model, guide, batch)
+        return found
 
     lack = ~batch.mask("y")[:, 0]
     alone = batch.without("y")

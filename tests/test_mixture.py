@@ -170,9 +170,8 @@ PAIRS: dict[str, tuple[Any, Any, Callable[..., Tensor], int, int]] = {
     "a site after the mixture": (Chain, ChainGuide, two, 2, NODES),
     "a site before the mixture": (Chain, Mirror, mirrored, 2, NODES),
 }
-STRATA: dict[
-    int, list[tuple[int, ...]]
-] = {  # equally probable tuples of components; both orders where rows draw them by themselves
+Tuples = list[tuple[int, ...]]
+STRATA: dict[int, Tuples] = {  # equally probable tuples of components, for a number of particles
     1: [(0,), (1,)],
     2: [(0, 1)],
     3: [(0, 0, 1), (0, 1, 1)],
@@ -189,7 +188,7 @@ def quadrature(pair: str, bound: Any, number: int, beta: dict[str, float]) -> Te
     grid = torch.cartesian_prod(*[points] * axes).reshape(-1, axes).T
     mass = torch.cartesian_prod(*[weights / weights.sum()] * axes).reshape(-1, axes).prod(1)
     total = torch.zeros(()).double()
-    strata: list[tuple[int, ...]] = STRATA[number]
+    strata: Tuples = STRATA[number]
     if "before" in pair:  # its rows are particles as well: each draws its component by itself
         strata = list(itertools.product((0, 1), repeat=number))
     for tuple_ in strata:
