@@ -28,12 +28,15 @@ import typer
 
 import pyro_vae
 from pyro_vae import conditionals, evaluation, guides, models, nn, plots
+from pyro_vae import sklearn as estimators
 from pyro_vae.cli import app, main
-from pyro_vae.evaluation import annealing, disentanglement
+from pyro_vae.data import mixed
+from pyro_vae.evaluation import annealing, disentanglement, imputation, multimodal
 from pyro_vae.objectives import penalties
 from pyro_vae.objectives.specs import recipes
 
 ROOT = Path(__file__).parents[1]
+BESIDE = (annealing, disentanglement, imputation, multimodal, mixed, estimators)  # not in a face
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"(<!-- run -->\n)?^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 PRINTS, ABOUT = 'text title="prints"', 'text title="prints, about"'
@@ -163,7 +166,7 @@ def public() -> Iterator[tuple[str, Any]]:
     """Names and objects of all that the library's ``__all__`` lists offer."""
     offered = [getattr(pyro_vae, name) for name in pyro_vae.__all__]
     parts = [part for part in offered if inspect.ismodule(part)]
-    for module in [pyro_vae, *parts, evaluation, annealing, disentanglement, models, guides]:
+    for module in [pyro_vae, *parts, evaluation, models, guides, *BESIDE]:
         yield from ((f"{module.__name__}.{name}", getattr(module, name)) for name in module.__all__)
 
 

@@ -19,7 +19,7 @@ from pyro_vae.data.table import csv_frame
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["KINDS", "Columns", "as_frame", "read_table"]
+__all__ = ["Columns", "as_frame", "read_table"]
 
 NUMBERS = ("real", "positive", "count", "binary")  # kinds whose columns share a site of that name
 CLASSES = ("category", "ordinal")  # kinds whose columns are a site each
