@@ -144,7 +144,7 @@ def coherence(
     seed: int = 0,
     batch_size: int = 250,
 ) -> list[Coherence]:
-    """Whether what is generated from some sites shows what they show (Shi et al. 2019, arXiv:1911.03393).
+    """Whether what is made of some sites shows what they show (Shi et al. 2019, arXiv:1911.03393).
 
     For every subset of the sites: z is drawn given it, every other site is generated as its expected
     value given z, and the classifier of that site says what it shows. Of as many fresh rows, the share
