@@ -94,7 +94,7 @@ class ExpertsGuide(PyroModule):
                 if site in batch:
                     pair: Any = self.private[site]
                     expert, prior = pair
-                    known = [(site, expert(batch[site]), seen(batch, site))]
+                    known = [(site, expert(batch[site]), batch.seen(site))]
                     pyro.sample(f"w_{site}", _products(known, prior()))
         return z
 
@@ -102,7 +102,7 @@ class ExpertsGuide(PyroModule):
         """q(z | x_A) for the rows of the batch, and the experts that it is made of."""
         held = [site for site in self.experts if site in batch]
         places = [i for i, site in enumerate(self.experts) if site in batch]
-        known = [(site, self.experts[site](batch[site]), seen(batch, site)) for site in held]
+        known = [(site, self.experts[site](batch[site]), batch.seen(site)) for site in held]
         powers = None if self.powers is None else self.powers[[*places, -1]]
         fn = _products(
             known, self.prior(), self.members[:, places], self.prior_expert, powers, batch.size
@@ -149,11 +149,6 @@ class SurrogatesGuide(ExpertsGuide):
         loc, scale = (torch.where(here, *pair) for pair in zip(joint, alone, strict=True))
         fn = dist.Normal(loc, scale).to_event(event_dim)
         return fn, {site: (expert, whole) for site, (expert, _) in experts.items()}
-
-
-def seen(batch: Batch, site: str) -> Tensor:
-    """Rows ``[B]`` in which any entry of a site is observed."""
-    return batch.mask(site).reshape(batch.size, -1).any(1)
 
 
 def _products(

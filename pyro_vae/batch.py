@@ -159,6 +159,10 @@ class Batch:
             return self._observed[site]
         return torch.ones_like(self[site], dtype=torch.bool)
 
+    def seen(self, site: str) -> Tensor:
+        """Bool ``[B]``, rows in which any entry of a site is observed."""
+        return self.mask(site).reshape(self.size, -1).any(1)
+
     def epoch(self, seed: int, number: int) -> Batch:
         """The rows as they are in an epoch of training: themselves, unless drawn anew in each."""
         return self

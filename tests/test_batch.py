@@ -828,3 +828,10 @@ def test_module_local_parameters() -> None:
     gradients = [p.grad for p in (*model.parameters(), *guide.parameters())]
     assert len(gradients) == 4
     assert all(gradient is not None and bool((gradient != 0).all()) for gradient in gradients)
+
+
+def test_rows_in_which_a_site_is_seen():
+    x = torch.tensor([[1.0, 2.0], [3.0, torch.nan], [torch.nan, torch.nan]])
+    batch = Batch({"x": x, "y": torch.arange(3)}, observed={"y": torch.tensor([False, True, True])})
+    assert batch.seen("x").tolist() == [True, True, False]
+    assert batch.seen("y").tolist() == [False, True, True]

@@ -136,9 +136,7 @@ def _kinds(given: list[str] | None) -> dict[str, str]:
 
 def _note(rows: Any) -> None:
     """Say which rows hold nothing."""
-    seen = torch.zeros(len(rows), dtype=torch.bool)
-    for site in rows:
-        seen |= rows.mask(site).reshape(len(rows), -1).any(1)
+    seen = torch.stack([rows.seen(site) for site in rows]).any(0)
     if nothing := (~seen).nonzero().flatten().tolist():
         shown = f"rows {nothing[:5]}{' and others' if len(nothing) > 5 else ''}"
         typer.echo(

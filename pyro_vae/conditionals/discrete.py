@@ -186,12 +186,7 @@ class Categorical(nn.Module):
 
         C is ``classes`` or else one more than the largest class seen.
         """
-        if classes is None:
-            if data is None or not cls.takes(data):
-                raise ValueError(
-                    "Categorical: wanted classes=, or data that are whole numbers from 0 to 255"
-                )
-            classes = int(data.nan_to_num(0.0).max()) + 1
+        classes = number_of_classes("Categorical", data) if classes is None else classes
         net = nn.Sequential(several(network, classes, event_shape), _ClassesLast(len(event_shape)))
         if data is not None:
             net.append(Affine(marginal.frequencies(data, classes).clamp(min=1e-3).log()))
@@ -201,6 +196,13 @@ class Categorical(nn.Module):
         """Categorical with event ``[*event]``."""
         logits = outputs(self, self.net, parents, *self.event_shape, self.classes)
         return independent(dist.Categorical(logits=logits), len(self.event_shape))
+
+
+def number_of_classes(name: str, data: Tensor | None) -> int:
+    """One more than the largest class seen."""
+    if data is None or not Categorical.takes(data):
+        raise ValueError(f"{name}: wanted classes=, or data that are whole numbers from 0 to 255")
+    return int(data.nan_to_num(0.0).max()) + 1
 
 
 class OneHotCategorical(nn.Module):

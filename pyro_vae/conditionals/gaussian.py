@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyro_vae.conditionals import marginal
-from pyro_vae.conditionals.network import Network, at_one, independent, outputs, positive, several
+from pyro_vae.conditionals.network import (
+    LearnedScale,
+    Network,
+    independent,
+    outputs,
+    positive,
+    several,
+)
 from pyro_vae.nn.affine import Affine
 from pyro_vae.nn.leading import Reshape
 
@@ -91,7 +98,7 @@ class DiagonalGaussian(nn.Module):
         return independent(dist.Normal(loc, scale), len(self.event_shape))
 
 
-class Gaussian(nn.Module):
+class Gaussian(LearnedScale):
     """N(m(y), s²) with a learned scale s that does not depend on the parents y.
 
         s = scale · (floor + softplus(r)),  s = scale at the start
@@ -108,20 +115,6 @@ class Gaussian(nn.Module):
         floor: smallest scale as a fraction of the initial one. A constant entry ends there.
     """
 
-    unit: Tensor
-
-    def __init__(
-        self,
-        net: nn.Module,
-        event_shape: Sequence[int],
-        scale: Tensor | float = 1.0,
-        floor: float = 1e-3,
-    ) -> None:
-        super().__init__()
-        self.net, self.event_shape, self.floor = net, tuple(event_shape), floor
-        self.register_buffer("unit", positive("scale", scale))
-        self.raw = at_one(self.unit, floor)
-
     @classmethod
     def build(
         cls,
@@ -135,11 +128,6 @@ class Gaussian(nn.Module):
         One scale per entry, or with ``shared`` one for all.
         """
         return cls(*_start(network, event_shape, data, shared))
-
-    @property
-    def scale(self) -> Tensor:
-        """The current scale, shaped as it was given."""
-        return self.unit * (self.floor + softplus(self.raw))
 
     def forward(self, *parents: Tensor) -> TorchDistribution:
         """Normal with event ``[*event]``."""

@@ -8,10 +8,20 @@ from collections.abc import Callable, Sequence
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from pyro_vae.nn.leading import Reshape
 
-__all__ = ["Constant", "Network", "at_one", "independent", "outputs", "positive", "several"]
+__all__ = [
+    "Constant",
+    "LearnedScale",
+    "Network",
+    "at_one",
+    "independent",
+    "outputs",
+    "positive",
+    "several",
+]
 
 Network = Callable[[Sequence[int]], nn.Module]
 """Makes a network by the shape it returns: ``network(shape)(parent)`` is ``[..., *shape]``."""
@@ -72,3 +82,35 @@ def positive(name: str, value: Tensor | float) -> Tensor:
     if not bool((tensor > 0).all()):
         raise ValueError(f"{name}= came {float(tensor.min())}, wanted positive numbers")
     return tensor
+
+
+class LearnedScale(nn.Module):
+    """A conditional whose scale is a parameter and does not depend on the parents.
+
+        s = scale · (floor + softplus(r)),  s = scale at the start
+
+    Args:
+        net: ``parents -> [..., *event]``.
+        event_shape: ``[*event]``.
+        scale: initial scale; its shape, which broadcasts to ``[*event]``, says which entries share one.
+        floor: smallest scale as a fraction of the initial one.
+    """
+
+    unit: Tensor
+
+    def __init__(
+        self,
+        net: nn.Module,
+        event_shape: Sequence[int],
+        scale: Tensor | float = 1.0,
+        floor: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        self.net, self.event_shape, self.floor = net, tuple(event_shape), floor
+        self.register_buffer("unit", positive("scale", scale))
+        self.raw = at_one(self.unit, floor)
+
+    @property
+    def scale(self) -> Tensor:
+        """The current scale, shaped as it was given."""
+        return self.unit * (self.floor + softplus(self.raw))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
 from pyro_vae.conditionals import marginal
-from pyro_vae.conditionals.discrete import Categorical
+from pyro_vae.conditionals.discrete import Categorical, number_of_classes
 from pyro_vae.conditionals.network import Network, independent, outputs
 
 __all__ = ["Ordinal"]
@@ -70,11 +70,7 @@ class Ordinal(nn.Module):
         C is ``classes`` or else one more than the largest class seen.
         """
         if classes is None:
-            if data is None or not cls.takes(data):
-                raise ValueError(
-                    "Ordinal: wanted classes=, or data that are whole numbers from 0 to 255"
-                )
-            classes = max(2, int(data.nan_to_num(0.0).max()) + 1)
+            classes = max(2, number_of_classes("Ordinal", data))
         start = None if data is None else marginal.frequencies(data, classes).cumsum(-1)[..., :-1]
         return cls(network(event_shape), event_shape, classes, start)
 

@@ -8,16 +8,15 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
 from pyro_vae.conditionals import marginal
-from pyro_vae.conditionals.network import Network, at_one, independent, outputs, positive
+from pyro_vae.conditionals.network import LearnedScale, Network, independent, outputs
 from pyro_vae.nn.affine import Affine
 
 __all__ = ["LogNormal"]
 
 
-class LogNormal(nn.Module):
+class LogNormal(LearnedScale):
     """Positive values whose logarithm is N(m(y), s²), with a learned scale s (Nazábal et al. 2020).
 
         E[x | y] = exp(m(y) + s² / 2)
@@ -32,20 +31,6 @@ class LogNormal(nn.Module):
             share one.
         floor: smallest scale as a fraction of the initial one.
     """
-
-    unit: Tensor
-
-    def __init__(
-        self,
-        net: nn.Module,
-        event_shape: Sequence[int],
-        scale: Tensor | float = 1.0,
-        floor: float = 1e-3,
-    ) -> None:
-        super().__init__()
-        self.net, self.event_shape, self.floor = net, tuple(event_shape), floor
-        self.register_buffer("unit", positive("scale", scale))
-        self.raw = at_one(self.unit, floor)
 
     @staticmethod
     def takes(data: Tensor) -> bool:
@@ -63,11 +48,6 @@ class LogNormal(nn.Module):
             scale = marginal.spread(logs)
             net = nn.Sequential(net, Affine(marginal.mean(logs), scale))
         return cls(net, event_shape, scale)
-
-    @property
-    def scale(self) -> Tensor:
-        """The current scale of log x, shaped as it was given."""
-        return self.unit * (self.floor + softplus(self.raw))
 
     def forward(self, *parents: Tensor) -> TorchDistribution:
         """LogNormal with event ``[*event]``."""

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyro_vae.conditionals import marginal
-from pyro_vae.conditionals.network import Network, at_one, independent, outputs, positive
+from pyro_vae.conditionals.network import LearnedScale, Network, independent, outputs, positive
 from pyro_vae.conditionals.special import HALF_LOG_2PI, remainder
 from pyro_vae.nn.affine import Affine
 
 __all__ = ["StudentT"]
 
 
-class StudentT(nn.Module):
+class StudentT(LearnedScale):
     """Student's t around m(y), with learned scale s and degrees of freedom n, for outliers.
 
         p(x | y) ∝ 1/s (1 + ((x - m(y)) / s)² / n)^(-(n + 1) / 2)
@@ -42,8 +42,6 @@ class StudentT(nn.Module):
         smallest: n stays above this. At 2 all variances are finite, at 1 all means; 0 is allowed.
     """
 
-    unit: Tensor
-
     def __init__(
         self,
         net: nn.Module,
@@ -53,14 +51,11 @@ class StudentT(nn.Module):
         floor: float = 1e-3,
         smallest: float = 2.0,
     ) -> None:
-        super().__init__()
-        self.net, self.event_shape = net, tuple(event_shape)
-        self.floor, self.smallest = floor, smallest
-        self.register_buffer("unit", positive("scale", scale))
+        super().__init__(net, event_shape, scale, floor)
+        self.smallest = smallest
         start = positive("df", df) - smallest
         if smallest < 0 or not bool((start > 0).all()):
             raise ValueError(f"StudentT: df= came {df}, wanted above smallest={smallest}")
-        self.raw = at_one(self.unit, floor)
         self.raw_df = nn.Parameter(start + (-torch.expm1(-start)).log())
 
     @classmethod
@@ -83,11 +78,6 @@ class StudentT(nn.Module):
             scale = scale.square().mean().sqrt() if shared else scale
             net = nn.Sequential(net, Affine(loc, scale))
         return cls(net, event_shape, scale, torch.full_like(scale, 5.0))
-
-    @property
-    def scale(self) -> Tensor:
-        """The current scale, shaped as it was given."""
-        return self.unit * (self.floor + softplus(self.raw))
 
     @property
     def df(self) -> Tensor:
