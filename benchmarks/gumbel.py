@@ -124,7 +124,6 @@ def row(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     last = run.history[-1]
     started = time.monotonic()
     record = {name: getattr(given, name) for name in KEY} | {
-        "coldest": given.coldest,
         "seconds": last["seconds"],
         "best_epoch": int(run.best["epoch"]),
         "train_loss": last["loss"],
@@ -134,16 +133,20 @@ def row(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return record | {"evaluation_seconds": time.monotonic() - started}
 
 
-KEY = ("latent", "estimator", "epochs", "seed", "lr", "rate")
+KEY = ("latent", "estimator", "epochs", "seed", "lr", "rate", "coldest")
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    head = f"{'latent':<12} {'estimator':<17} epochs   best   s/epoch   test -ELBO         NLL <="
+    head = (
+        f"{'latent':<12} {'estimator':<17} epochs     lr  coldest   best  s/epoch   test -ELBO"
+        "         NLL <="
+    )
     lines = [head, "-" * len(head)]
     for r in sorted(records, key=lambda r: (r["latent"], -r["elbo"])):
+        about = f"{r['epochs']:>6} {r['lr']:>6g} {r['coldest']:>8g} {r['best_epoch']:>6}"
         lines.append(
-            f"{r['latent']:<12} {r['estimator']:<17} {r['epochs']:>6} {r['best_epoch']:>6}"
-            f" {r['seconds'] / r['epochs']:>9.1f}   {-r['elbo']:6.2f} ± {r['elbo_se']:.2f}"
+            f"{r['latent']:<12} {r['estimator']:<17} {about}"
+            f" {r['seconds'] / r['epochs']:>8.1f}   {-r['elbo']:6.2f} ± {r['elbo_se']:.2f}"
             f"      {-r['log_p']:6.2f} ± {r['log_p_se']:.2f}"
         )
     return "\n".join(

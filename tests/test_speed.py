@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -424,11 +425,22 @@ def test_coverage_tries_every_recipe_and_likelihood():
     )
 
 
+def test_every_combination_is_tried_once_and_the_first_ones_are_spread():
+    found, specs = coverage.combinations(), coverage.objectives()
+    assert len(found) == len(set(found)) == len(specs) * len(coverage.programs())
+    first = found[: 3 * len(specs)]
+    assert Counter(spec for _, spec in first) == dict.fromkeys(specs, 3)
+    assert len({pair for pair, _ in first}) > len(coverage.programs()) / 2
+
+
 @pytest.mark.parametrize(
     ("pair", "spec", "level"),
     [
         ("vae, Binomial", "elbo:num_particles=3", "eager"),
         ("vae, missing entries, Gaussian", "iwae:num_particles=3,estimator=dreg", "eager"),
+        ("multimodal, product", "mvtcae:modalities=2,alpha=0.5", "eager"),
+        ("missing, self-masking", "iwae:num_particles=3", "eager"),
+        ("table", "elbo:num_particles=3", "eager"),
         ("program, bottom-up ladder", "beta_vae:beta=linear(100)", "eager"),
         ("vae, Binomial", "iwae:num_particles=3,estimator=stl", "refused"),
     ],
@@ -453,8 +465,11 @@ def test_table_of_coverage():
         ]
     )
     lines = text.splitlines()
-    assert lines[0].startswith("4 combinations of 4 pairs and objectives")
-    assert lines[2].split() == ["compiled", "3", "75.0%"]
-    assert lines[3].split() == ["traced", "1", "25.0%"]
+    number = len(coverage.combinations())
+    assert lines[0].startswith(f"5 of {number} combinations")
+    assert lines[0].endswith("4 asked for 'compiled', 1 refused")
+    error = f"{math.sqrt((1 - 5 / number) * 0.75 * 0.25 / 4):.1%}"
+    assert lines[2].split() == ["compiled", "3", "75.0%", "±", error]
+    assert lines[3].split() == ["traced", "1", "25.0%", "±", error]
     assert lines[5:7] == ["traced: a spline", "  d: elbo"]
     assert lines[8] == "refused, 1: biased"

@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--draws", type=int, default=usual.draws, help="of the losses compared")
     parser.add_argument("--repeats", type=int, default=usual.repeats, help="of what starts afresh")
     parser.add_argument("--jobs", type=int, default=usual.jobs, help="for coverage alone")
+    parser.add_argument("--combinations", type=int, help="for coverage; all without it")
     parser.add_argument("--results", type=Path, default=usual.results, help="folder of the files")
     parser.add_argument("--resume", action="store_true", help="keep what the same settings gave")
     parser.add_argument("--quick", action="store_true", help="little of everything, one thread")

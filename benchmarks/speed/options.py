@@ -26,6 +26,7 @@ class Options:
         rounds: in which the competitors take turns; ``seconds``: of each turn.
         draws: of each loss that is compared; ``repeats``: of what starts a process.
         jobs: processes at a time, where nothing is timed.
+        combinations: how many coverage tries, or None for all.
         cases, competitors: those to leave in, or None.
         results: folder of the files; ``resume``: keep what they have from the same settings.
         quick: little of everything, for tests.
@@ -38,6 +39,7 @@ class Options:
     draws: int = 200
     repeats: int = 9
     jobs: int = 2
+    combinations: int | None = None
     cases: tuple[str, ...] | None = None
     competitors: tuple[str, ...] | None = None
     results: Path = RESULTS
@@ -49,7 +51,7 @@ class Options:
 
     def settings(self) -> Record:
         """What is written beside the numbers."""
-        quiet = ("cases", "competitors", "results", "resume", "jobs")
+        quiet = ("cases", "competitors", "results", "resume", "jobs", "combinations")
         mine = {name: value for name, value in asdict(self).items() if name not in quiet}
         about = {
             "validation": "off for all",
