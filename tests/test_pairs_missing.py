@@ -204,7 +204,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"mechanism": "linear"},
         r"site 's': the mask came \[60\], wanted \[60, 3\]",
     ),
-    "never observed": (never, {}, r"site 'x': entry \[1\] is missing in all 5 rows"),
+    "never observed": (never, {}, r"site 'x': none of 5 rows has \[1\], wanted"),
     "widths": (rows, {"hidden": (0,)}, r"hidden=\(0,\), wanted whole numbers above 0"),
     "no batch": (lambda: torch.randn(5, 3), {}, r"came a Tensor, wanted a Batch"),
 }

@@ -29,6 +29,7 @@ from pyro_vae.pairs.parts import (
     inputs_for,
     likelihood_for,
     observed,
+    tupled,
 )
 
 __all__ = ["hierarchical"]
@@ -171,9 +172,9 @@ class _Networks:
 
 def _sizes(latent: Any, hidden: Any) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """Sizes of the latents, and the widths of the networks below each."""
-    sizes = tuple(latent) if isinstance(latent, Sequence) else (latent,)
+    sizes = tupled(latent)
     each = tuple(hidden) if isinstance(hidden, Sequence) else (hidden,) * len(sizes)
-    widths = tuple(tuple(w) if isinstance(w, Sequence) else (w,) for w in each)
+    widths = tuple(map(tupled, each))
     numbers = [*sizes, *(n for wide in widths for n in wide)]
     if not sizes or not all(widths) or not all(isinstance(n, int) and n > 0 for n in numbers):
         raise ValueError(

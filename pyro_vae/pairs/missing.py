@@ -21,7 +21,15 @@ from pyro_vae.nn.leading import Reshape
 from pyro_vae.nn.masked import EntrySet, WithMask, ZeroFilled
 from pyro_vae.nn.mlp import dense
 from pyro_vae.pairs.by_name import ready
-from pyro_vae.pairs.parts import Architecture, Part, built, inputs_for, observed
+from pyro_vae.pairs.parts import (
+    Architecture,
+    Part,
+    built,
+    check_seen,
+    inputs_for,
+    observed,
+    sizes,
+)
 from pyro_vae.pairs.vae import vae
 
 __all__ = ["ENCODERS", "MECHANISMS", "missing"]
@@ -108,11 +116,10 @@ def missing(
     made = _named("encoder", encoder, ENCODERS)
     mechanism = None if mechanism is None else _named("mechanism", mechanism, MECHANISMS)
     data = observed(batch, site)
-    _check_seen(site, data)
+    shape, widths = sizes("missing", latent, hidden)
+    check_seen(batch, site)
     common = {"likelihood": likelihood, "prior": prior, "posterior": posterior}
     model, _ = vae(batch, latent, hidden, net=net, activation=activation, site=site, **common)
-    widths = tuple(hidden) if isinstance(hidden, Sequence) else (hidden,)
-    shape = tuple(latent) if isinstance(latent, Sequence) else (latent,)
     inputs, input_shape = inputs_for(batch, site, model.likelihood)
     features = made(inputs, input_shape)
 
@@ -140,16 +147,6 @@ def _named(argument: str, given: Any, known: Mapping[str, Any]) -> Any:
             f"missing: came {argument}={given!r}, wanted one of {list(known)} or a function"
         )
     return found
-
-
-def _check_seen(site: str, data: Tensor) -> None:
-    never = data.isnan().all(0)
-    if bool(never.any()):
-        entry = never.nonzero()[0].tolist()
-        raise ValueError(
-            f"site {site!r}: entry {entry} is missing in all {len(data)} rows, wanted it in some; "
-            "drop it"
-        )
 
 
 def _mask_of(batch: Batch, mask: str, data: Tensor) -> Tensor:

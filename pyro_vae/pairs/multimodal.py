@@ -28,6 +28,7 @@ from pyro_vae.pairs.parts import (
     inputs_for,
     likelihood_for,
     observed,
+    tupled,
 )
 
 __all__ = ["multimodal"]
@@ -91,7 +92,7 @@ def multimodal(
         )
     batch = batch.look()
     names = tuple(batch if sites is None else sites)
-    widths = tuple(hidden) if isinstance(hidden, Sequence) else (hidden,)
+    widths = tupled(hidden)
     own = dict(private) if isinstance(private, Mapping) else dict.fromkeys(names, private)
     of_site = dict(likelihood) if isinstance(likelihood, Mapping) else {}
     common = None if isinstance(likelihood, Mapping) else likelihood

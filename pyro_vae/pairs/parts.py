@@ -33,11 +33,14 @@ __all__ = [
     "built",
     "built_prior",
     "check_parts",
+    "check_seen",
     "check_support",
     "inputs_for",
     "likelihood_for",
     "observed",
+    "sizes",
     "standard",
+    "tupled",
 ]
 
 FEW_CLASSES = 16
@@ -165,6 +168,40 @@ def check_parts(pair: str, parts: Mapping[str, Any], optional: Collection[str]) 
                 f"{pair}: came {name}={part!r}, wanted a class or a function that builds it (those of "
                 "pyro_vae.conditionals and pyro_vae.nn)"
             )
+
+
+def tupled(numbers: int | Sequence[int]) -> tuple[int, ...]:
+    return tuple(numbers) if isinstance(numbers, Sequence) else (numbers,)
+
+
+def sizes(
+    pair: str, latent: int | Sequence[int], hidden: int | Sequence[int], layers: int = 0
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The event shape of the latent, and the widths of so many hidden layers at least.
+
+    Raises:
+        ValueError: other than whole numbers above 0, or too few of them.
+    """
+    shape, widths = tupled(latent), tupled(hidden)
+    whole = all(isinstance(size, int) and size > 0 for size in (*shape, *widths))
+    if not shape or len(widths) < layers or not whole:
+        raise ValueError(
+            f"{pair}: came latent={latent!r}, hidden={hidden!r}, wanted whole numbers above 0"
+        )
+    return shape, widths
+
+
+def check_seen(batch: Batch, site: str) -> None:
+    """Refuse entries that no row has: columns by their names, where the batch knows them."""
+    never = (~batch.look().mask(site)).all(0).nonzero().tolist()
+    if not never:
+        return
+    names = batch.record.get("columns", {}).get(site)
+    told = [names[i] for (i,) in never] if isinstance(names, list) else never
+    raise ValueError(
+        f"site {site!r}: none of {len(batch)} rows has {str(told[:8])[1:-1]}"
+        f"{', ...' if told[8:] else ''}, wanted each entry in some; drop what is never observed"
+    )
 
 
 def observed(batch: Batch, site: str) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pyro_vae.batch import Batch
 from pyro_vae.conditionals.discrete import Bernoulli, Categorical, NegativeBinomial
@@ -24,10 +24,12 @@ from pyro_vae.pairs.parts import (
     built,
     built_prior,
     check_parts,
+    check_seen,
     check_support,
     inputs_for,
     likelihood_for,
     observed,
+    sizes,
     standard,
 )
 
@@ -75,11 +77,7 @@ def table(
             take, ``ordinal`` sites that the batch lacks, sizes that are not whole numbers above 0.
     """
     batch = batch.look() if isinstance(batch, Batch) else batch
-    widths = tuple(hidden) if isinstance(hidden, Sequence) else (hidden,)
-    if not widths or not all(isinstance(size, int) and size > 0 for size in (latent, *widths)):
-        raise ValueError(
-            f"table: came latent={latent!r}, hidden={hidden!r}, wanted whole numbers above 0"
-        )
+    shape, widths = sizes("table", latent, hidden, layers=1)
     kinds = {"real": real, "positive": positive, "count": count, "binary": Bernoulli}
     check_parts("table", {**kinds, "prior": prior, "net": net, "activation": activation}, ["prior"])
     if unknown := [site for site in ordinal if site not in batch]:
@@ -91,7 +89,7 @@ def table(
     likelihoods, features = {}, {}
     for site in batch:
         data = observed(batch, site)
-        _check_seen(batch, site, data)
+        check_seen(batch, site)
         if site in ordinal:
             kind: Part = partial(Ordinal.build, classes=_classes(batch, site))
         elif site in kinds:
@@ -101,10 +99,10 @@ def table(
         else:
             kind = likelihood_for(batch, site)
         likelihoods[site] = p = built(kind, head, data.shape[1:], data)
-        inputs, shape = inputs_for(batch, site, p)
+        inputs, input_shape = inputs_for(batch, site, p)
         if isinstance(p, Gaussian):  # whatever numbers it has
             inputs = standard(data)
-        features[site] = WithMask(inputs, shape)
+        features[site] = WithMask(inputs, input_shape)
         check_support(batch, site, p, torch.zeros(1, widths[0], device=batch.device), data)
 
     seen = sum(2 * _entries(module) for module in features.values())
@@ -112,10 +110,10 @@ def table(
     def encoder(outputs: Sequence[int]) -> nn.Module:
         return net((seen,), outputs, widths, activation)
 
-    trunk = nn.Sequential(net((latent,), widths[:1], widths[:0:-1], activation), activation())
-    q = DiagonalGaussian.build(encoder, (latent,))
+    trunk = nn.Sequential(net(shape, widths[:1], widths[:0:-1], activation), activation())
+    q = DiagonalGaussian.build(encoder, shape)
     blank = {site: tuple(batch.shape(site)[1:]) for site in batch}
-    model = MultimodalModel(built_prior(prior, q, (latent,)), likelihoods, trunk=trunk)
+    model = MultimodalModel(built_prior(prior, q, shape), likelihoods, trunk=trunk)
     return model.to(batch.device), JointGuide(features, q, blank).to(batch.device)
 
 
@@ -128,14 +126,3 @@ def _classes(batch: Batch, site: str) -> int:
 
 def _entries(module: WithMask) -> int:
     return torch.Size(module.event_shape).numel()
-
-
-def _check_seen(batch: Batch, site: str, data: Tensor) -> None:
-    never = data.isnan().all(0).flatten().nonzero().flatten().tolist()
-    if never:
-        names = batch.record.get("columns", {}).get(site)
-        told = [names[i] for i in never] if isinstance(names, list) else never
-        raise ValueError(
-            f"site {site!r}: columns {told} are missing in all {len(data)} rows, wanted each in some; "
-            "drop them"
-        )

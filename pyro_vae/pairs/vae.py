@@ -26,6 +26,7 @@ from pyro_vae.pairs.parts import (
     inputs_for,
     likelihood_for,
     observed,
+    sizes,
 )
 
 __all__ = ["update_sigma", "vae"]
@@ -76,18 +77,13 @@ def vae(
     batch = batch.look() if isinstance(batch, Batch) else batch
     data = observed(batch, site)
     event_shape = data.shape[1:]
-    hidden = tuple(hidden) if isinstance(hidden, Sequence) else (hidden,)
-    shape = tuple(latent) if isinstance(latent, Sequence) else (latent,)
-    if not shape or not all(isinstance(size, int) and size > 0 for size in (*shape, *hidden)):
-        raise ValueError(
-            f"vae: came latent={latent!r}, hidden={hidden!r}, wanted whole numbers above 0"
-        )
+    shape, widths = sizes("vae", latent, hidden)
     parts = {"likelihood": likelihood, "prior": prior, "posterior": posterior}
     check_parts("vae", {**parts, "net": net, "activation": activation}, optional=parts)
 
     def decoder(outputs: Sequence[int]) -> nn.Module:
         flat = (math.prod(shape),)
-        made = net(flat, outputs, hidden[::-1], activation)
+        made = net(flat, outputs, widths[::-1], activation)
         return made if flat == shape else nn.Sequential(Reshape(shape, flat), made)
 
     chosen = likelihood_for(batch, site) if likelihood is None else likelihood
@@ -95,7 +91,7 @@ def vae(
     inputs, input_shape = inputs_for(batch, site, p)
 
     def encoder(outputs: Sequence[int]) -> nn.Module:
-        return nn.Sequential(inputs, net(input_shape, outputs, hidden, activation))
+        return nn.Sequential(inputs, net(input_shape, outputs, widths, activation))
 
     q = built(DiagonalGaussian if posterior is None else posterior, encoder, shape, None)
     model = LatentVariableModel(built_prior(prior, q, shape), p, site=site).to(batch.device)
