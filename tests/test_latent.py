@@ -33,7 +33,7 @@ def table(
 
 def active(model: Program, guide: Program, x: Tensor, particles: int = 64) -> dict[str, list[bool]]:
     latents = table(model, guide, x, particles)
-    units = {site: active_units(torch.cat(parts, 1)) for site, parts in latents.mean.items()}
+    units = {site: active_units(torch.cat(parts, 1)) for site, parts in latents.shift.items()}
     return {site: found.tolist() for site, found in units.items()}
 
 
@@ -89,7 +89,7 @@ def test_means_are_averaged_over_what_precedes_a_latent():
     x, w, a = data(3), model.net.weight, model.down.weight
     cov = w @ (torch.eye(2) + a @ a.T) @ w.T + model.noise**2 * torch.eye(3)
     exact = (x - model.net.bias) @ torch.linalg.solve(cov, w @ a)
-    found = torch.cat(table(model, guide, x.repeat(500, 1), 20).mean["z2"], 1).mean(0)
+    found = torch.cat(table(model, guide, x.repeat(500, 1), 20).shift["z2"], 1).mean(0)
     assert_mean(found, exact[:, 0])
 
 
@@ -115,6 +115,34 @@ def test_a_collapsed_latent_is_not_active(flow: bool):
     """64 particles from N(0, 1) have a mean whose variance is above the threshold."""
     found = active(LinearModel(3), PartlyCollapsed(flow), data(400))["z"]
     assert found == ([False, True, True] if flow else [True, True, False])
+
+
+class Ladder(nn.Module):
+    """p(z1 | z2) is N(z2, 1), entry by entry."""
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            z1 = pyro.sample("z1", dist.Normal(z2, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z1, 1.0).to_event(1), obs=x[:, :2])
+
+
+class LadderGuide(nn.Module):
+    """Says of the first entry of z1 what the model says anyway, of the second more."""
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", dist.Normal(x[:, :2], 0.5).to_event(1))
+            more = torch.stack([torch.zeros(len(x)), 0.3 * x[:, 1]], -1)
+            pyro.sample("z1", dist.Normal(z2 + more, 1.0).to_event(1))
+
+
+def test_a_layer_that_repeats_its_parents_is_not_active():
+    """Its mean varies with x as theirs does, and its KL is 0."""
+    x = data(400)
+    assert active(Ladder(), LadderGuide(), x) == {"z2": [True, True], "z1": [False, True]}
+    rate = torch.cat(table(Ladder(), LadderGuide(), x).rate["z1"])
+    torch.testing.assert_close(rate, torch.stack([torch.zeros(400), 0.045 * x[:, 1] ** 2], -1))
 
 
 class CoinModel(nn.Module):
@@ -156,7 +184,7 @@ def test_auxiliary_sites_of_an_autoguide_are_no_latents():
     guide(x)
     latents = LatentTable()
     latents.add(model, guide, (x,), make_plan(model, guide, (x,), {}), 1000, 1000)
-    assert list(latents.mean) == ["s"]
+    assert list(latents.shift) == ["s"]
 
 
 def autoguide_terms(particles: int = 100_000) -> tuple[LatentTable, Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -350,15 +351,14 @@ def test_rates_are_sorted_and_the_active_are_coloured():
     assert colours[:2] == [style.COLOURS[0].lower()] * 2
     assert len(set(colours)) == 2
     assert colours[2] == colours[3]
-    assert axes.get_title(loc="left") == "2.5 nats, 2 of 4 active"
+    assert axes.get_title(loc="left") == "z: 2.5 nats\n2 of 4 active"
     assert axes.get_ylabel() == "rate (nats)"
-    assert axes.get_title(loc="left") == "2.5 nats, 2 of 4 active"
     assert not axes.lines  # grey is another criterion's
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["not active"]
     assert to_hex(axes.get_legend().get_patches()[0].get_facecolor()) == colours[2]
     assert plots.rates(rate, torch.ones(4)).axes[0].get_legend() is None
     by_rate = plots.rates(rate, threshold=0.6).axes[0]
-    assert by_rate.get_title(loc="left") == "2.5 nats, 1 of 4 active"
+    assert by_rate.get_title(loc="left") == "z: 2.5 nats\n1 of 4 active"
     assert set(by_rate.lines[0].get_ydata()) == {0.6}
     assert by_rate.get_legend() is None
     assert set(plots.rates(rate).axes[0].lines[0].get_ydata()) == {latents.THRESHOLD}
@@ -368,13 +368,20 @@ def test_rates_of_several_sites_stand_side_by_side():
     rate = {"z1": torch.ones(2, 40), "z2": torch.tensor([3.0])}
     assert labels(plots.rates(torch.ones(40)).axes[0].xaxis) == [str(i) for i in range(40)]
     figure = plots.rates(rate, {"z1": torch.ones(2, 40)})
-    assert [axes.get_xlabel() for axes in figure.axes] == [
-        "dimension of z1, sorted",
-        "dimension of z2, sorted",
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "z1: 80.0 nats\n80 of 80 active",
+        "z2: 3.0 nats\n1 of 1 active",
     ]
-    assert figure.axes[0].get_title(loc="left") == "80.0 nats, 80 of 80 active"
     assert labels(figure.axes[0].xaxis) == []  # too many to be read
     figure.savefig(io.BytesIO(), format="png", dpi=30)
+
+
+def test_titles_of_narrow_panels_do_not_meet():
+    figure = plots.rates({"z1": torch.ones(8), "z2": 100 * torch.ones(1), "z3": torch.ones(2)})
+    figure.canvas.draw()
+    boxes = [axes._left_title.get_window_extent() for axes in figure.axes]
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+    assert boxes[-1].x1 <= figure.bbox.x1
 
 
 def test_weights_are_counted_on_both_sides_of_the_threshold():

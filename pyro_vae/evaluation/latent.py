@@ -26,12 +26,13 @@ class LatentTable:
     Attributes:
         elbo: ``[B]`` nats, one tensor a batch.
         rate: site -> ``[B, *dims]`` nats, analytic where a KL is known, else Monte Carlo.
-        mean: site -> ``[2, B, *event]``, two estimates of E_q[z] from particles of their own.
+        shift: site -> ``[2, B, *event]``, how far the posterior mean lies from the mean that the
+            model gives z after what precedes it; two estimates from particles of their own.
     """
 
     elbo: list[Tensor] = field(default_factory=list)
     rate: dict[str, list[Tensor]] = field(default_factory=dict)
-    mean: dict[str, list[Tensor]] = field(default_factory=dict)
+    shift: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(
         self,
@@ -58,7 +59,7 @@ class LatentTable:
             elif kind == "rate":
                 self.rate.setdefault(site, []).append(both.mean(0))
             else:
-                self.mean.setdefault(site, []).append(both)
+                self.shift.setdefault(site, []).append(both)
 
     def rate_of_rows(self) -> list[Tensor]:
         """The rate of all sites and dimensions, ``[B]`` a batch."""
@@ -69,17 +70,20 @@ class LatentTable:
         return total
 
 
-def active_units(mean: Tensor) -> Tensor:
-    """Which latent dimensions vary with the data: Var_x(E_q[z]) > 0.01 (Burda et al. 2016).
+def active_units(shift: Tensor) -> Tensor:
+    """Which latent dimensions vary with the data, by more than their parents say.
+
+    Var_x(E_q[z - E_p[z | parents of z]]) > 0.01. Without parents this is Var_x(E_q[z]) (Burda et al.
+    2016), by which a layer that only repeats those above it would be active too.
 
     Args:
-        mean: ``[2, N, *event]``, two estimates of the posterior means. Where their noise is
+        shift: ``[2, N, *event]``, two estimates of E_q[z - E_p[z | parents]]. Where their noise is
             independent it does not count as variance, which it would with one estimate.
 
     Returns:
         bool ``[*event]``.
     """
-    first, second = (mean - mean.mean(1, keepdim=True)).unbind()
+    first, second = (shift - shift.mean(1, keepdim=True)).unbind()
     return torch.gt((first * second).mean(0), ACTIVE)
 
 
@@ -93,19 +97,25 @@ def _terms(particles: Particles) -> dict[tuple[str, str], Tensor]:
     terms = {("elbo", ""): likelihood if rate is None else likelihood - rate}
     terms |= {("rate", site): term for site, term in rates.items()}
     latents = [site for site in particles.posterior if site in particles.model]
-    return terms | {("mean", site): _mean(particles, site).to(likelihood) for site in latents}
+    return terms | {("shift", site): _shift(particles, site).to(likelihood) for site in latents}
 
 
-def _mean(particles: Particles, site: str) -> Tensor:
-    """The mean of a latent given what precedes it if it is known, else its draw: ``[K, B, *event]``."""
+def _shift(particles: Particles, site: str) -> Tensor:
+    """The posterior mean of a latent less its prior mean, given what precedes it in either program:
+    ``[K, B, *event]``. For a posterior mean that is not known stands the draw, for a prior mean 0."""
     here, draw = particles.guide[site], particles.samples[site]
-    if here["infer"].get("observed") is not None:
-        return draw
+    fixed = here["infer"].get("observed") is not None
+    posterior = None if fixed else _mean(particles, site, here["fn"])
+    prior = _mean(particles, site, particles.model[site]["fn"])
+    return (draw if posterior is None else posterior) - (0.0 if prior is None else prior)
+
+
+def _mean(particles: Particles, site: str, fn: Any) -> Tensor | None:
+    """``[K, B, *event]``, or None where it is not known."""
     try:
-        mean = here["fn"].mean
+        mean = fn.mean
     except NotImplementedError:
-        return draw
-    mean = particles.plan.canonical(
-        mean, here["fn"].event_dim, particles.num_particles, particles.local(site)
-    ).expand(draw.shape)
-    return draw if bool(mean.isnan().any()) else mean
+        return None
+    local, count = particles.local(site), particles.num_particles
+    mean = particles.plan.canonical(mean, fn.event_dim, count, local)
+    return None if bool(mean.isnan().any()) else mean.expand(particles.samples[site].shape)

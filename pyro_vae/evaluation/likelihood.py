@@ -81,7 +81,7 @@ class Evaluation:
         ess: ``[N]`` effective sample size of the K weights.
         khat: ``[N]`` Pareto k-hat of the weights.
         rate: site -> ``[*dims]`` mean rate.
-        active: site -> bool ``[*event]``, Var_x(E_q[z]) > 0.01.
+        active: site -> bool ``[*event]``, Var_x(E_q[z - E_p[z | parents]]) > 0.01.
         num_particles: K.
         proposals: what the importance sampling drew from, chosen on other rows.
         seed: of the evaluation.
@@ -300,7 +300,7 @@ def evaluate(
             rate={site: torch.cat(parts).mean(0).cpu() for site, parts in latents.rate.items()},
             active={
                 site: active_units(torch.cat(parts, 1)).cpu()
-                for site, parts in latents.mean.items()
+                for site, parts in latents.shift.items()
             },
             num_particles=num_particles,
             proposals=tuple(dict.fromkeys(map(str, chosen))),

@@ -60,7 +60,7 @@ def rates(
     values = {site: array(f"rates: {site}", each).flatten() for site, each in sites.items()}
     if not values:
         raise ValueError("rates: came no site")
-    widths = [max(4, len(each)) for each in values.values()]
+    widths = [max(6, len(each)) for each in values.values()]
     size = min(14.0, max(5.0, 0.32 * sum(widths) + 1.5))
     figure, panels = new(size, 3.8, len(values), width_ratios=widths, sharey=True)
     for axes, (site, each) in zip(panels, values.items(), strict=True):
@@ -74,6 +74,7 @@ def rates(
         elif not used.all():
             axes.legend(handles=[Patch(color=PALE, label="not active")], loc="upper right")
     panels[0].set_ylabel("rate (nats)")
+    figure.supxlabel("dimension, sorted")
     return figure
 
 
@@ -83,8 +84,8 @@ def _bars(axes: Axes, site: str, rate: Array, used: Array, named: bool) -> None:
     axes.bar(np.arange(len(rate)), rate[order], color=colours, width=0.8)
     axes.set_xlim(-0.6, len(rate) - 0.4)
     axes.set_xticks(range(len(rate)) if named else [], list(map(str, order)) if named else [])
-    axes.set_xlabel(f"dimension of {site}, sorted")
-    axes.set_title(f"{rate.sum():.1f} nats, {int(used.sum())} of {len(rate)} active")
+    title = f"{site}: {rate.sum():.1f} nats\n{int(used.sum())} of {len(rate)} active"
+    axes.set_title(title, loc="left")
 
 
 def _line(axes: Axes, threshold: float, bars: int) -> None:
