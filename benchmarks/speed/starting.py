@@ -106,9 +106,15 @@ def _first_table(records: list[Record]) -> str:
         ways = (("cold", "first_s"), ("cold", "settled_s"), ("warm", "settled_s"))
         cells = []
         for which, what in ways:
-            middle, low, high = quartiles([one[what] for one in r[which]])
-            cells.append(f"{f'{middle:.2f} [{low:.2f}, {high:.2f}]':20s}")
+            starts = [one[what] for one in r[which]]
+            middle, low, high = quartiles(starts)
+            spread = f" [{low:.2f}, {high:.2f}]" if len(starts) > 1 else ""
+            cells.append(f"{middle:.2f}{spread}".ljust(20))
         lines.append((start + "  ".join(cells)).rstrip())
     return "\n".join(
-        [*lines, "seconds from the end of the imports; the first step with a cold cache"]
+        [
+            *lines,
+            "seconds from the end of the imports, medians over starts with quartiles if there are several; "
+            "the first step with a cold cache",
+        ]
     )
