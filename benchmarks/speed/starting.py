@@ -114,7 +114,7 @@ def _first_table(records: list[Record]) -> str:
     return "\n".join(
         [
             *lines,
-            "seconds from the end of the imports, medians over starts with quartiles if there are several; "
-            "the first step with a cold cache",
+            "seconds from the end of the imports, medians over starts, quartiles where there are "
+            "several; the first step with a cold cache",
         ]
     )
