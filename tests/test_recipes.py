@@ -9,8 +9,13 @@ import pytest
 import torch
 
 from pyro_vae.objectives import (
+    MMD,
+    Beta,
+    MutualInformation,
     Objective,
+    Penalty,
     Score,
+    TotalCorrelation,
     beta_vae,
     elbo,
     iwae,
@@ -18,7 +23,8 @@ from pyro_vae.objectives import (
     mean_field,
     renyi,
 )
-from tests.small_pairs import Guide, LinearModel, data, value_and_gradient
+from pyro_vae.objectives.specs import parse
+from tests.small_pairs import BottomUp, Guide, LadderModel, LinearModel, data, value_and_gradient
 
 PARTS = {
     "elbo": (elbo(), "bound=elbo, estimator=pathwise, rate=montecarlo, num_particles=1"),
@@ -80,6 +86,31 @@ def test_recipes_that_are_the_same(one: Objective, other: Objective):
     model, guide = LinearModel(), Guide()
     results = [value_and_gradient(objective, model, guide, data()) for objective in (one, other)]
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(
+    ("spec", "rate", "penalties"),
+    [
+        ("wae_mmd:site=z1", 0.0, (MMD(1000.0, "imq", site="z1"),)),
+        ("info_vae:alpha=0.25,site=z1", 0.75, (MMD(1000.0, site="z1"),)),
+        (
+            "beta_tcvae:beta=6.0,alpha=2.0,site=z1",
+            1.0,
+            (
+                TotalCorrelation(5.0, "weighted", site="z1"),
+                MutualInformation(1.0, "weighted", site="z1"),
+            ),
+        ),
+    ],
+)
+def test_one_latent_of_several_is_named(spec: str, rate: float, penalties: tuple[Penalty, ...]):
+    """Its rate is weighed, those of the others stay."""
+    meant = Objective(rate=Beta({"z1": rate}), penalties=penalties)
+    model, guide = LadderModel(), BottomUp()
+    pair = [value_and_gradient(each, model, guide, data()) for each in (parse(spec), meant)]
+    torch.testing.assert_close(*pair)
+    with pytest.raises(ValueError, match=r"came no site, wanted one of .*'z1'"):
+        parse(spec.replace("site=z1", "num_particles=1"))(model, guide)(data())
 
 
 def test_iwae_comes_to_the_evidence():

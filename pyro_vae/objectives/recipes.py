@@ -265,7 +265,8 @@ def free_bits(
 
 
 # ---------------------------------------------------------------------------------------------
-# Terms on the aggregate posterior
+# Terms on the aggregate posterior of a latent: ``site``, where there are several. Those beside it keep
+# their rate as it is.
 
 
 def info_vae(
@@ -274,12 +275,13 @@ def info_vae(
     kernel: str = "rbf",
     num_particles: int = 1,
     estimator: str | Estimator = "pathwise",
+    site: str | None = None,
     **parts: Any,
 ) -> Objective:
     """InfoVAE, also MMD-VAE: ELBO with 1 - alpha times its rate, plus ``divergence`` times
     MMD(q(z), p(z)) (Zhao et al. 2019, whose alpha + lambda - 1 that is)."""
-    rate = Beta(1.0 - alpha)
-    parts = _penalized(parts, MMD(divergence, kernel))
+    rate = _rate(1.0 - alpha, site)
+    parts = _penalized(parts, MMD(divergence, kernel, site=site))
     return Objective(Elbo(), estimator, rate, num_particles=num_particles, **parts)
 
 
@@ -288,12 +290,13 @@ def info_mi(
     beta: float = 1.0,
     num_particles: int = 1,
     estimator: str | Estimator = "pathwise",
+    site: str | None = None,
     **parts: Any,
 ) -> Objective:
     """InfoVAE in the form beta KL - alpha I(x, z) (Zhao et al. 2019), the mutual information estimated
     from the batch: at most log B."""
-    parts = _penalized(parts, MutualInformation(-alpha))
-    return Objective(Elbo(), estimator, Beta(beta), num_particles=num_particles, **parts)
+    parts = _penalized(parts, MutualInformation(-alpha, site=site))
+    return Objective(Elbo(), estimator, _rate(beta, site), num_particles=num_particles, **parts)
 
 
 def wae_mmd(
@@ -301,12 +304,13 @@ def wae_mmd(
     kernel: str = "imq",
     num_particles: int = 1,
     estimator: str | Estimator = "pathwise",
+    site: str | None = None,
     **parts: Any,
 ) -> Objective:
     """Wasserstein autoencoder: distortion plus ``weight`` times MMD(q(z), p(z)), no rate (Tolstikhin et
     al. 2018). No bound."""
-    parts = _penalized(parts, MMD(weight, kernel))
-    return Objective(Elbo(), estimator, Beta(0.0), num_particles=num_particles, **parts)
+    parts = _penalized(parts, MMD(weight, kernel, site=site))
+    return Objective(Elbo(), estimator, _rate(0.0, site), num_particles=num_particles, **parts)
 
 
 def aae(
@@ -314,12 +318,13 @@ def aae(
     hidden: Sequence[int] = (200, 200),
     num_particles: int = 1,
     estimator: str | Estimator = "pathwise",
+    site: str | None = None,
     **parts: Any,
 ) -> Objective:
     """Adversarial autoencoder, also WAE-GAN: distortion plus ``weight`` times KL(q(z) || p(z)) by a
     critic, no rate (Makhzani et al. 2016). No bound."""
-    parts = _penalized(parts, Adversarial(_critic(hidden), weight))
-    return Objective(Elbo(), estimator, Beta(0.0), num_particles=num_particles, **parts)
+    parts = _penalized(parts, Adversarial(_critic(hidden), weight, site=site))
+    return Objective(Elbo(), estimator, _rate(0.0, site), num_particles=num_particles, **parts)
 
 
 def swae(
@@ -327,12 +332,13 @@ def swae(
     projections: int = 50,
     num_particles: int = 1,
     estimator: str | Estimator = "pathwise",
+    site: str | None = None,
     **parts: Any,
 ) -> Objective:
     """Sliced Wasserstein autoencoder: distortion plus ``weight`` times the sliced Wasserstein distance
     of q(z) and p(z), no rate (Kolouri et al. 2019). No bound."""
-    parts = _penalized(parts, SlicedWasserstein(weight, projections))
-    return Objective(Elbo(), estimator, Beta(0.0), num_particles=num_particles, **parts)
+    parts = _penalized(parts, SlicedWasserstein(weight, projections, site=site))
+    return Objective(Elbo(), estimator, _rate(0.0, site), num_particles=num_particles, **parts)
 
 
 def sinkhorn(
@@ -340,12 +346,13 @@ def sinkhorn(
     epsilon: float = 0.05,
     num_particles: int = 1,
     estimator: str | Estimator = "pathwise",
+    site: str | None = None,
     **parts: Any,
 ) -> Objective:
     """Sinkhorn autoencoder: distortion plus ``weight`` times the Sinkhorn divergence of q(z) and p(z),
     no rate (Patrini et al. 2019). No bound."""
-    parts = _penalized(parts, Sinkhorn(weight, epsilon))
-    return Objective(Elbo(), estimator, Beta(0.0), num_particles=num_particles, **parts)
+    parts = _penalized(parts, Sinkhorn(weight, epsilon, site=site))
+    return Objective(Elbo(), estimator, _rate(0.0, site), num_particles=num_particles, **parts)
 
 
 def beta_tcvae(
@@ -355,15 +362,16 @@ def beta_tcvae(
     sampling: str = "weighted",
     num_particles: int = 1,
     estimator: str | Estimator = "pathwise",
+    site: str | None = None,
     **parts: Any,
 ) -> Objective:
     """ELBO whose rate is weighed in parts: alpha I(x, z) + beta TC(z) + gamma times the KL of each
     dimension, TC estimated from the batch (Chen et al. 2018)."""
-    terms: list[Penalty] = [TotalCorrelation(beta - gamma, sampling)]
+    terms: list[Penalty] = [TotalCorrelation(beta - gamma, sampling, site=site)]
     if alpha != gamma:
-        terms.append(MutualInformation(alpha - gamma, sampling))
+        terms.append(MutualInformation(alpha - gamma, sampling, site=site))
     parts = _penalized(parts, *terms)
-    return Objective(Elbo(), estimator, Beta(gamma), num_particles=num_particles, **parts)
+    return Objective(Elbo(), estimator, _rate(gamma, site), num_particles=num_particles, **parts)
 
 
 def factor_vae(
@@ -371,11 +379,12 @@ def factor_vae(
     hidden: Sequence[int] = (1000, 1000, 1000, 1000, 1000),
     num_particles: int = 1,
     estimator: str | Estimator = "pathwise",
+    site: str | None = None,
     **parts: Any,
 ) -> Objective:
     """ELBO minus gamma times the total correlation of q(z), which a critic estimates (Kim & Mnih
     2018)."""
-    parts = _penalized(parts, Adversarial(_critic(hidden), gamma, against="permuted"))
+    parts = _penalized(parts, Adversarial(_critic(hidden), gamma, against="permuted", site=site))
     return Objective(Elbo(), estimator, num_particles=num_particles, **parts)
 
 
@@ -385,11 +394,12 @@ def dip_vae(
     kind: str = "II",
     num_particles: int = 1,
     estimator: str | Estimator = "pathwise",
+    site: str | None = None,
     **parts: Any,
 ) -> Objective:
     """ELBO whose posterior means (kind I) or aggregate posterior (kind II) are drawn towards
     uncorrelated dimensions of variance 1 (Kumar et al. 2018)."""
-    parts = _penalized(parts, DIP(offdiagonal, diagonal, kind))
+    parts = _penalized(parts, DIP(offdiagonal, diagonal, kind, site=site))
     return Objective(Elbo(), estimator, num_particles=num_particles, **parts)
 
 
@@ -450,6 +460,11 @@ def mvtcae(
     parts = _penalized(parts, ExpertKL(unit * alpha))
     rate = unit * modalities * (1 - alpha)
     return beta_vae(rate, num_particles, estimator, analytic=True, **parts)
+
+
+def _rate(beta: float, site: str | None) -> Beta:
+    """Of one latent alone, or of all."""
+    return Beta(beta if site is None else {site: beta})
 
 
 def _penalized(parts: Mapping[str, Any], *penalties: Penalty | ExpertKL) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def parse(spec: str) -> Loss:
             if key not in known:
                 raise ValueError(f"objective {name!r}: came {key!r}, wanted one of {list(known)}")
             given[key] = _value(value)
-            if isinstance(given[key], str) and not isinstance(known[key], str):
+            if isinstance(given[key], str) and not _takes_a_word(recipe, key):
                 raise ValueError(f"objective {name!r}: came {key}={value!r}, wanted a number")
         empty = inspect.Parameter.empty
         if missing := [key for key in known if known[key] is empty and key not in given]:
@@ -62,6 +62,11 @@ def parse(spec: str) -> Loss:
         return recipe(**given)
     except TypeError as error:  # a tuple or a schedule where a number is wanted
         raise ValueError(f"objective {spec!r}: a value of the wrong kind ({error})") from None
+
+
+def _takes_a_word(recipe: Recipe, argument: str) -> bool:
+    parameter = inspect.signature(recipe).parameters.get(argument)
+    return parameter is not None and "str" in str(parameter.annotation).split(" | ")
 
 
 def _items(text: str) -> list[str]:
