@@ -1004,6 +1004,14 @@ def test_a_network_that_is_not_registered_is_refused():
         fit(Hidden(), Guide(), data(10), steps=1)
 
 
+def test_a_name_that_another_module_has_is_refused():
+    fit(*function_pair(), data(8), steps=1)
+    with pytest.raises(ValueError, match=r"pyro\.module\('decoder', .*clear_param_store"):
+        fit(*function_pair(), data(8), steps=1)
+    pyro.clear_param_store()
+    fit(*function_pair(), data(8), steps=1)
+
+
 def test_row_weights_count_alike_in_loss_and_valid():
     model, x, weights = LinearBatchModel(), data(5), torch.tensor([0.0, 1.0, 2.0, 1.5, 0.5])
     batch = Batch({"x": x}, weights=weights)

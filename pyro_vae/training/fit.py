@@ -424,13 +424,20 @@ def _materialize(
     unique = {id(p): p for p in [*loss.parameters(), *met.values()] if p.requires_grad}
     if not unique:
         raise ValueError("fit: model and guide have no parameters to train")
-    for leaf in _leaves(total):
-        if id(leaf) not in unique:
-            raise ValueError(
-                f"fit: a tensor {list(leaf.shape)} wants a gradient and belongs to no parameter of "
-                "model, guide or objective, so it would not be trained; make it an nn.Parameter, keep "
-                "its module as an attribute (lists as nn.ModuleList), or register it by pyro.module"
-            )
+    leaves = {id(leaf): leaf for leaf in _leaves(total)}
+    if strays := [leaf for key, leaf in leaves.items() if key not in unique]:
+        idle = [name for name, p in met.items() if "$$$" in name and id(p) not in leaves]
+        cure = (
+            f"pyro.module({idle[0].partition('$$$')[0]!r}, ...) found another module of that name: call "
+            "pyro.clear_param_store() between pairs"
+            if idle
+            else "make it an nn.Parameter, keep its module as an attribute (lists as nn.ModuleList), or "
+            "register it by pyro.module"
+        )
+        raise ValueError(
+            f"fit: a tensor {list(strays[0].shape)} wants a gradient and belongs to no parameter of "
+            f"model, guide or objective, so it would not be trained; {cure}"
+        )
     held = {id(p) for p in loss.parameters()}
     stored = {name: p for name, p in met.items() if p.requires_grad and id(p) not in held}
     return list(unique.values()), stored
