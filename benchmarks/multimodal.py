@@ -98,7 +98,7 @@ def guides(sites: Sequence[str]) -> dict[str, tuple[dict[str, Any], Any]]:
         "mopoe": ({"guide": "mixture_of_products"}, pv.elbo(2**n - 1)),
         "mvtcae": (
             {"guide": "product", "prior_expert": False},
-            objectives.mvtcae(n, alpha=5 / 6, beta=2.5),
+            objectives.mvtcae(alpha=5 / 6, beta=2.5),
         ),
     }
 

@@ -25,15 +25,25 @@ def test_every_subset_and_every_condition():
     exact = {names: evidence(model, batch, names) for names in found.of}
     for names, log_p in exact.items():
         torch.testing.assert_close(found.joint(*reversed(names)).log_p, log_p)
-    differences = exact["x", "y"] - exact["y",]
+    both = batch.seen("x") & batch.seen("y")
+    assert both.sum() == 2
+    differences = (exact["x", "y"] - exact["y",])[both]
     conditional = found.conditional("x", "y")
     assert conditional.mean == pytest.approx(float(differences.mean()))
-    assert conditional.error == pytest.approx(float(differences.std()) / 8**0.5)
-    assert (differences[2::4] == 0).all()  # rows without x
+    assert conditional.error == pytest.approx(float(differences.std()) / 2**0.5)
     summary = found.summary()
     assert list(summary) == ["x", "y", "x,y", "y|x", "x|y"]
     assert summary["x|y"] == {"log_p": conditional.mean, "log_p_se": conditional.error}
     assert f"log p(x | y) ~ {conditional.mean:.3f} ± {conditional.error:.3f} nats" in str(found)
+
+
+def test_a_condition_asks_for_rows_that_have_both():
+    model, batch = linear_model(), data()
+    apart = batch.rows((~(batch.seen("x") & batch.seen("y"))).nonzero().squeeze(1))
+    found = subsets(model, guide_of(model), apart, 4, widen=False, compile="eager")
+    assert list(found.summary()) == ["x", "y", "x,y"]
+    with pytest.raises(ValueError, match=r"none of 6 rows has \['x', 'y'\] together"):
+        found.conditional("x", "y")
 
 
 def test_sites_may_be_chosen():
@@ -85,6 +95,16 @@ def test_coherence_of_a_pair_that_is_right_and_of_one_that_is_not():
     shares = {(one.given, one.site): one.share for one in found}
     assert shares == {((), ""): 1.0, (("x",), "y"): 1.0, (("y",), "x"): 0.0}
     assert str(found[1]) == "y from x: 100.0% ± 0.0%"
+
+
+def test_coherence_is_of_rows_that_have_what_is_given():
+    batch, labels = rows(40)
+    lacks = torch.arange(40)[:, None] < 10
+    found = coherence(*pair(), batch.hide("x", lacks), labels, {"x": by_sign, "y": by_sign})
+    assert [one.share for one in found] == [1.0, 1.0, 1.0]
+    nothing = batch.hide("x", torch.ones(40, 1, dtype=torch.bool))
+    left = coherence(*pair(), nothing, labels, {"x": by_sign, "y": by_sign})
+    assert [one.given for one in left] == [(), ("y",)]
 
 
 def test_shares_of_what_does_not_agree():

@@ -4,6 +4,7 @@ agree in expectation."""
 from __future__ import annotations
 
 import math
+from itertools import compress
 
 import pyro
 import pyro.distributions as dist
@@ -20,13 +21,21 @@ from pyro_vae.conditionals import Bernoulli, DiagonalGaussian, StandardNormal
 from pyro_vae.evaluation.likelihood import evaluate
 from pyro_vae.guides import BottomUpGuide, TopDownGuide, precision_weighted, residual
 from pyro_vae.nn import mlp
-from pyro_vae.objectives import Objective, elbo, iwae, mean_field, renyi
-from pyro_vae.objectives.bounds import Renyi
+from pyro_vae.objectives import Objective, chi, elbo, iwae, mean_field, piwae, renyi, rws
+from pyro_vae.objectives.bounds import Elbo, Renyi, Split
 from pyro_vae.objectives.rates import Analytic, Balance, Beta, FreeBits, MonteCarlo
 from pyro_vae.objectives.schedules import linear
 from tests.exact_pairs import SIGMAS
 from tests.hierarchies import EXACT, X, Z, pair, rows, wrong
-from tests.small_pairs import parameters, plan_of, sigmas, table, value_and_gradient
+from tests.small_pairs import (
+    assert_same,
+    flat_gradient,
+    parameters,
+    plan_of,
+    sigmas,
+    table,
+    value_and_gradient,
+)
 
 TOP_DOWN = ["ladder", "residual"]
 
@@ -368,6 +377,28 @@ def test_the_models_conditionals_are_shared(guide):
     for both, first, second in zip(with_both, in_model, in_guide, strict=True):
         torch.testing.assert_close(both, first + second)
         assert second.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [rws(7), chi(7), piwae(2, 6), Objective(Split(Renyi(0.0), Elbo()), "dreg", num_particles=7)],
+    ids=repr,
+)
+@pytest.mark.parametrize("guide", EXACT)
+def test_what_is_shared_follows_the_models_goal_alone(guide, objective):
+    """As it does beside a guide that has copies of the model's conditionals."""
+    model, q = wrong(guide)
+    _, apart = wrong(guide)
+    batch, own = Batch({"x": rows()}), list(model.parameters())
+    shared = {id(p) for p in own}
+    kept = [id(p) not in shared for p in q.parameters()]
+    gradients = []
+    for program in (q, apart):
+        pyro.set_rng_seed(1)
+        loss = objective.differentiable_loss(model, program, batch)
+        gradients.append(flat_gradient(loss, [*own, *compress(program.parameters(), kept)]))
+    assert_same(*gradients)
+    assert gradients[0].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("guide", TOP_DOWN)

@@ -145,6 +145,21 @@ def test_a_layer_that_repeats_its_parents_is_not_active():
     torch.testing.assert_close(rate, torch.stack([torch.zeros(400), 0.045 * x[:, 1] ** 2], -1))
 
 
+@pytest.mark.parametrize("unit", [1.0, 0.01])
+def test_activity_has_no_unit(unit: float):
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), unit).to_event(1))
+            pyro.sample("x", dist.Normal(z / unit, 1.0).to_event(1), obs=x[:, :2])
+
+    def guide(x: Tensor) -> None:
+        loc = torch.stack([0.3 * x[:, 0], torch.zeros(len(x))], -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(unit * loc, 0.5 * unit).to_event(1))
+
+    assert active(model, guide, data(400))["z"] == [True, False]
+
+
 class CoinModel(nn.Module):
     def forward(self, x: Tensor) -> None:
         with pyro.plate("data", len(x)):

@@ -73,6 +73,18 @@ def test_moments():
     assert sigmas((z - fn.mean).square() - fn.variance).abs().max() < 4
 
 
+@pytest.mark.parametrize("bound", [Miwae(2), Miwae(3)], ids=repr)
+def test_every_group_of_particles_has_all_components(bound: Any):
+    """Else it would be a bound with a part of the mixture, far below log p."""
+    fn = StratifiedMixture(dist.Normal(torch.tensor([1.2, -1.5]), 0.5)).expand((192, 5000))
+    z, x = fn.rsample(), torch.tensor(1.5)
+    log_p = dist.Normal(0.0, math.sqrt(1.25)).log_prob(x)
+    log_w = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 0.5).log_prob(x) - fn.log_prob(z)
+    found = bound(log_w).double()
+    assert sigmas(found - Renyi(0.0)(log_w)).item() < 0
+    assert float((found.mean() - log_p).abs()) < 0.005
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="came components Bernoulli without rsample"):
         StratifiedMixture(dist.Bernoulli(torch.full((2,), 0.5)))

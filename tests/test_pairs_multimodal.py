@@ -193,7 +193,7 @@ def test_images_have_convolutions_and_labels_have_not():
     for site, expert in guide.experts.items():
         found = any(isinstance(m, torch.nn.Conv2d) for m in expert.modules())
         assert found is (site == "image")
-    losses = mvtcae(3, 0.5).differentiable_loss(model, guide, data())
+    losses = mvtcae(0.5).differentiable_loss(model, guide, data())
     assert flat_gradient(losses, parameters(model, guide)).isfinite().all()
 
 

@@ -438,7 +438,7 @@ def test_every_combination_is_tried_once_and_the_first_ones_are_spread():
     [
         ("vae, Binomial", "elbo:num_particles=3", "eager"),
         ("vae, missing entries, Gaussian", "iwae:num_particles=3,estimator=dreg", "eager"),
-        ("multimodal, product", "mvtcae:modalities=2,alpha=0.5", "eager"),
+        ("multimodal, product", "mvtcae:alpha=0.5", "eager"),
         ("missing, self-masking", "iwae:num_particles=3", "eager"),
         ("table", "elbo:num_particles=3", "eager"),
         ("program, bottom-up ladder", "beta_vae:beta=linear(100)", "eager"),

@@ -46,7 +46,6 @@ GIVEN = {  # to recipes that want them
     "nats": "0.1",
     "offdiagonal": "2.0",
     "sites": "('x', 'y')",
-    "modalities": "2",
 }
 FURTHER = (  # what an argument changes in the graph
     "iwae:num_particles=6,chunk=3",

@@ -27,7 +27,8 @@ class LatentTable:
         elbo: ``[B]`` nats, one tensor a batch.
         rate: site -> ``[B, *dims]`` nats, analytic where a KL is known, else Monte Carlo.
         shift: site -> ``[2, B, *event]``, how far the posterior mean lies from the mean that the
-            model gives z after what precedes it; two estimates from particles of their own.
+            model gives z after what precedes it, in deviations there; two estimates from particles
+            of their own.
     """
 
     elbo: list[Tensor] = field(default_factory=list)
@@ -73,12 +74,13 @@ class LatentTable:
 def active_units(shift: Tensor) -> Tensor:
     """Which latent dimensions vary with the data, by more than their parents say.
 
-    Var_x(E_q[z - E_p[z | parents of z]]) > 0.01. Without parents this is Var_x(E_q[z]) (Burda et al.
-    2016), by which a layer that only repeats those above it would be active too.
+    Var_x(E_q[(z - m) / s]) > 0.01 with mean m and deviation s of p(z | parents of z). Under N(0, I) this
+    is Var_x(E_q[z]) (Burda et al. 2016), by which a layer that only repeats those above it would be
+    active too, and the unit of a layer would matter.
 
     Args:
-        shift: ``[2, N, *event]``, two estimates of E_q[z - E_p[z | parents]]. Where their noise is
-            independent it does not count as variance, which it would with one estimate.
+        shift: ``[2, N, *event]``, two estimates of E_q[(z - m) / s]. Where their noise is independent
+            it does not count as variance, which it would with one estimate.
 
     Returns:
         bool ``[*event]``.
@@ -101,21 +103,27 @@ def _terms(particles: Particles) -> dict[tuple[str, str], Tensor]:
 
 
 def _shift(particles: Particles, site: str) -> Tensor:
-    """The posterior mean of a latent less its prior mean, given what precedes it in either program:
-    ``[K, B, *event]``. For a posterior mean that is not known stands the draw, for a prior mean 0."""
-    here, draw = particles.guide[site], particles.samples[site]
+    """The posterior mean of a latent less its prior mean, given what precedes it in either program, in
+    units of its prior deviation: ``[K, B, *event]``. For a posterior mean that is not known stands the
+    draw, for moments of the prior those of N(0, 1)."""
+    here, prior = particles.guide[site], particles.model[site]["fn"]
     fixed = here["infer"].get("observed") is not None
-    posterior = None if fixed else _mean(particles, site, here["fn"])
-    prior = _mean(particles, site, particles.model[site]["fn"])
-    return (draw if posterior is None else posterior) - (0.0 if prior is None else prior)
+    mean = None if fixed else _moment(particles, site, here["fn"], "mean")
+    center, variance = (_moment(particles, site, prior, name) for name in ("mean", "variance"))
+    shift = particles.samples[site] if mean is None else mean
+    if center is not None:
+        shift = shift - center
+    if variance is None or bool((variance == 0).any()):
+        return shift
+    return shift / variance.sqrt()
 
 
-def _mean(particles: Particles, site: str, fn: Any) -> Tensor | None:
+def _moment(particles: Particles, site: str, fn: Any, name: str) -> Tensor | None:
     """``[K, B, *event]``, or None where it is not known."""
     try:
-        mean = fn.mean
+        value = getattr(fn, name)
     except NotImplementedError:
         return None
     local, count = particles.local(site), particles.num_particles
-    mean = particles.plan.canonical(mean, fn.event_dim, count, local)
-    return None if bool(mean.isnan().any()) else mean.expand(particles.samples[site].shape)
+    value = particles.plan.canonical(value, fn.event_dim, count, local)
+    return value.expand(particles.samples[site].shape) if bool(value.isfinite().all()) else None

@@ -81,7 +81,7 @@ class Evaluation:
         ess: ``[N]`` effective sample size of the K weights.
         khat: ``[N]`` Pareto k-hat of the weights.
         rate: site -> ``[*dims]`` mean rate.
-        active: site -> bool ``[*event]``, Var_x(E_q[z - E_p[z | parents]]) > 0.01.
+        active: site -> bool ``[*event]``, Var_x(E_q[(z - m) / s]) > 0.01, m and s of p(z | parents).
         num_particles: K.
         proposals: what the importance sampling drew from, chosen on other rows.
         seed: of the evaluation.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.batch import Batch
-from pyro_vae.evaluation.likelihood import Difference, Evaluation, evaluate
+from pyro_vae.evaluation.likelihood import Difference, Evaluation, evaluate, mean_and_error
 from pyro_vae.evaluation.predict import sample
 
 __all__ = ["Coherence", "Subsets", "coherence", "subsets"]
@@ -27,9 +27,11 @@ class Subsets:
 
     Attributes:
         of: sites in the order of the data -> the evaluation of what a row has of them.
+        seen: site -> bool ``[N]``, the rows that have any of it.
     """
 
     of: dict[Sites, Evaluation]
+    seen: dict[str, Tensor]
 
     def joint(self, *sites: str) -> Evaluation:
         """Of some sites, in any order.
@@ -43,13 +45,24 @@ class Subsets:
         raise ValueError(f"joint: came {list(sites)}, wanted one of {list(map(list, self.of))}")
 
     def conditional(self, of: str | Sequence[str], given: str | Sequence[str]) -> Difference:
-        """log p(x_of | x_given) = log p(x_of, x_given) - log p(x_given), paired by row, nats.
+        """log p(x_of | x_given) = log p(x_of, x_given) - log p(x_given), paired by row, nats, over the
+        rows that have all these sites.
 
         A difference of two lower bounds, so an estimate and no bound; the second, subtracted, has the
         smaller slack as a rule. Raise K until it stays.
+
+        Raises:
+            ValueError: sites that were not evaluated together, or that no row has together.
         """
         of, given = (([s] if isinstance(s, str) else list(s)) for s in (of, given))
-        return self.joint(*of, *given).versus(self.joint(*given))
+        whole, part = self.joint(*of, *given), self.joint(*given)
+        rows = self._rows((*of, *given))
+        if not bool(rows.any()):
+            raise ValueError(f"conditional: none of {len(rows)} rows has {[*of, *given]} together")
+        return Difference(*mean_and_error((whole.log_p - part.log_p)[rows]))
+
+    def _rows(self, sites: Sequence[str]) -> Tensor:
+        return torch.stack([self.seen[site] for site in sites]).all(0)
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers, mean and standard error: ``x,y`` joint, ``y|x`` conditional."""
@@ -69,7 +82,7 @@ class Subsets:
             (tuple(site for site in whole if site not in given), given)
             for whole in self.of
             for given in self.of
-            if set(given) < set(whole)
+            if set(given) < set(whole) and bool(self._rows(whole).any())
         ]
 
     def __str__(self) -> str:
@@ -109,17 +122,18 @@ def subsets(
         for chosen in combinations(names, size):
             rows = data.without([site for site in data if site not in chosen])
             found[chosen] = evaluate(model, guide, rows, num_particles, **options)
-    return Subsets(found)
+    return Subsets(found, {site: data.seen(site).cpu() for site in names})
 
 
 @dataclass(frozen=True)
 class Coherence:
-    """Share of rows whose generated site a classifier gives the class of the row.
+    """Share of rows, of those that have all that is given, whose generated site a classifier gives the
+    class of the row.
 
     Attributes:
         given: sites that it was generated from; none: of fresh rows all sites together.
         site: that was generated; empty for all.
-        share: of the rows.
+        share: of such rows.
         error: its standard error, binomial.
     """
 
@@ -175,11 +189,15 @@ def coherence(
     found = [Coherence((), "", *_share(alike))]
     for size in range(1, len(names)):
         for given in combinations(names, size):
-            rows = data.without([site for site in data if site not in given])
+            whole = torch.stack([data.seen(site) for site in given]).all(0).nonzero().squeeze(1)
+            if not len(whole):
+                continue
+            rows = data.rows(whole).without([site for site in data if site not in given])
             others = [site for site in names if site not in given]
             made = sample(model, given=rows, guide=guide, sites=others, **options)
+            wanted = labels[whole.to(labels.device)]
             for site, classes in zip(made, shown(made), strict=True):
-                found.append(Coherence(given, site, *_share(classes == labels)))
+                found.append(Coherence(given, site, *_share(classes == wanted)))
     return found
 
 

@@ -203,7 +203,7 @@ class Miwae(Bound):
         return self if guide is self.bound else Miwae(self.groups, guide)
 
     def __call__(self, log_w: Tensor) -> Tensor:
-        return self.bound(self._strata(log_w)).reshape(self.groups, -1).mean(0)
+        return self.bound(self._apart(log_w)).reshape(self.groups, -1).mean(0)
 
     def weights(self, log_w: Tensor) -> Tensor:
         return self._mean_of(self.bound.weights, log_w)
@@ -216,17 +216,19 @@ class Miwae(Bound):
 
     def _mean_of(self, function: Callable[[Tensor], Tensor], log_w: Tensor) -> Tensor:
         """The share of each particle, ``[M * K, B]``, where ``function`` keeps shapes."""
-        terms = function(self._strata(log_w)).reshape(-1, self.groups, log_w.shape[1])
-        return terms.transpose(0, 1).reshape(log_w.shape) / self.groups
+        return function(self._apart(log_w)).reshape(log_w.shape) / self.groups
 
-    def _strata(self, log_w: Tensor) -> Tensor:
-        """``[M * K, B] -> [K, M * B]``: groups are rows."""
+    def _apart(self, log_w: Tensor) -> Tensor:
+        """``[M * K, B] -> [K, M * B]``: groups are rows.
+
+        Particle k is one of group k mod M: neighbours may be draws of one component of a mixture.
+        """
         size, left = divmod(len(log_w), self.groups)
         if left:
             raise ValueError(
                 f"bound {self!r}: came {len(log_w)} particles, wanted a multiple of {self.groups}"
             )
-        return log_w.reshape(self.groups, size, -1).transpose(0, 1).reshape(size, -1)
+        return log_w.reshape(size, -1)
 
     def __repr__(self) -> str:
         inner = repr(self.bound)
@@ -290,7 +292,8 @@ class Mix(Bound):
 
 
 class Split(Bound):
-    """One bound for the model, another for the guide. All that it says of itself is the model's.
+    """One bound for the model, another for the guide. All that it says of itself is the model's, and
+    so are the parameters that both have, the guide held fixed.
 
     ``Split(Renyi(0), Miwae(8))`` is PIWAE (Rainforth et al. 2018).
     """
@@ -399,7 +402,9 @@ class Jackknife(Bound):
     """Jackknife variational objective (JVI, Nowozin 2018): a sum of the importance weighted bounds of
     all subsets that leave out at most ``order`` particles, whose bias is O(K^-(order + 1)).
 
-    Its signs change, so it is no bound. ``order=0`` is the importance weighted bound.
+    Its signs change, so it is no bound. ``order=0`` is the importance weighted bound. The bias is
+    that of independent particles; of a ``StratifiedMixture``'s, which differ more than their mean
+    varies, too much of it is taken off.
 
     Raises:
         ValueError: ``order`` is no whole number >= 0; when called, too few particles, or so many that

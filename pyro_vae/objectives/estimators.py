@@ -36,11 +36,13 @@ class Estimator:
         boundary: the model runs on boundary copies z' of the guide's samples, and log q(z') is taken
             with constant guide parameters, so that only the path through z reaches the guide.
         enumerates: particles are the support of discrete draws, and each counts its probability.
+        two_goals: the guide follows another goal than the model, whose parameters it leaves alone.
         unpenalized: why penalties are refused, or empty.
     """
 
     boundary: bool = False
     enumerates: bool = False
+    two_goals: bool = False
     unpenalized: str = ""
 
     def refusal(self, bound: Bound, num_particles: int) -> str | None:
@@ -187,9 +189,11 @@ class WakeSleep(Estimator):
     The model follows the bound. The guide follows sum_k w_k grad log q(z_k) with self-normalised
     importance weights w, at every site by its score: no gradient of the bound, but an estimate, biased
     by O(1 / K), of minus the gradient of KL(p(z | x) || q(z | x)), which becomes less noisy as K grows
-    (Le et al. 2019). On the rows of the data, without the sleep phase.
+    (Le et al. 2019). On the rows of the data, without the sleep phase. What the guide shares with the
+    model follows the model's bound alone.
     """
 
+    two_goals = True
     unpenalized = "its guide follows no loss that a penalty could be added to"
 
     def refusal(self, bound: Bound, num_particles: int) -> str | None:

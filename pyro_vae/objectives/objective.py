@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from pyro_vae.objectives.loss import Loss, Program, identity
 from pyro_vae.objectives.particles import Boundary, Particles, log_q_at_rest, run
 from pyro_vae.objectives.plan import Plan, SitesChanged, factor_blockers, make_plan
 from pyro_vae.objectives.rates import MonteCarlo, Rate
-from pyro_vae.objectives.swap import Rewound, owner
+from pyro_vae.objectives.swap import Held, Rewound, owner
 
 __all__ = ["Objective", "refusal"]
 
@@ -147,6 +147,8 @@ class Objective(Loss):
         if key not in self._plans:
             plan = make_plan(model, guide, args, kwargs)
             self._admit(plan, args, kwargs)
+            if self.estimator.two_goals or self.bound.guide is not self.bound:
+                plan = replace(plan, programs=(model, Held.around(guide, model)))
             while len(self._plans) >= _MAX_PLANS:
                 self._plans.pop(next(iter(self._plans)))
             self._plans[key] = plan

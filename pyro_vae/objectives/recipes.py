@@ -25,6 +25,7 @@ from pyro_vae.objectives.penalties import (
     DIP,
     MMD,
     Adversarial,
+    ConditionalBottleneck,
     ExpertKL,
     MutualInformation,
     Penalty,
@@ -437,29 +438,22 @@ def jmvae(
 
 
 def mvtcae(
-    modalities: int,
     alpha: float,
-    beta: float = 1.0,
+    beta: float | Schedule = 1.0,
     num_particles: int = 1,
     estimator: str | Estimator = "pathwise",
     **parts: Any,
 ) -> Objective:
-    """Total correlation objective of a product of experts (Hwang et al. 2021): of n modalities,
-    (n - alpha) / n times the log-likelihood, minus beta times (1 - alpha) KL(q || p) and alpha / n times
-    the KL to each expert; all of it divided by the first factor, so that alpha = 0 is beta-VAE.
+    """Total correlation objective of a product of experts (Hwang et al. 2021): of the n modalities that
+    a row has, (n - alpha) / n times the log-likelihood, minus beta times (1 - alpha) KL(q || p) and
+    alpha / n times the KL to each expert; all of it divided by the first factor, so that alpha = 0, and
+    every row of one modality, is beta-VAE.
 
     Raises:
-        ValueError: alpha outside [0, 1], no likelihood left.
+        ValueError: alpha outside [0, 1].
     """
-    if not (0 <= alpha <= 1 and alpha < modalities):
-        raise ValueError(
-            f"mvtcae: came modalities={modalities!r}, alpha={alpha!r}, wanted alpha from 0 to 1, and "
-            "more modalities than that"
-        )
-    unit = beta / (modalities - alpha)
-    parts = _penalized(parts, ExpertKL(unit * alpha))
-    rate = unit * modalities * (1 - alpha)
-    return beta_vae(rate, num_particles, estimator, analytic=True, **parts)
+    parts = _penalized(parts, ConditionalBottleneck(alpha, beta))
+    return beta_vae(beta, num_particles, estimator, analytic=True, **parts)
 
 
 def _rate(beta: float, site: str | None) -> Beta:

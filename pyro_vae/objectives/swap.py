@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 
 __all__ = [
+    "Held",
     "Rewound",
     "evaluating",
     "own_parameters",
@@ -145,6 +146,34 @@ def preserved(*programs: Callable[..., Any]) -> Iterator[None]:
         with torch.no_grad(), same:
             for buffer, value in reversed(kept):  # a part may be met before its whole
                 buffer.copy_(value)
+
+
+class Held:
+    """A guide for which the parameters that the model has too are constants: they are the model's.
+
+    A ladder shares conditionals with its model. Where the guide has a goal of its own, they would follow
+    that as well.
+    """
+
+    def __init__(self, guide: Callable[..., Any], module: nn.Module, model: nn.Module) -> None:
+        self.guide, self.model = guide, model
+        self.__self__ = module  # its owner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        constant = {id(p): p.detach() for p in self.model.parameters()}
+        with swapped(self.__self__, constant):
+            return self.guide(*args, **kwargs)
+
+    @staticmethod
+    def around(guide: Callable[..., Any], model: Callable[..., Any]) -> Callable[..., Any]:
+        """The guide itself, if it has nothing of the model's, or nothing else: two methods of one
+        module do not say whose a parameter is."""
+        mine, other = owner(guide), owner(model)
+        if mine is None or other is None:
+            return guide
+        own = {id(p) for p in other.parameters()}
+        shared = [id(p) in own for p in mine.parameters()]
+        return Held(guide, mine, other) if any(shared) and not all(shared) else guide
 
 
 class Rewound:

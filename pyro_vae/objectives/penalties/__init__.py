@@ -8,7 +8,7 @@ from pyro_vae.objectives.penalties.aggregate import (
     decomposition,
 )
 from pyro_vae.objectives.penalties.distances import MMD, Sinkhorn, SlicedWasserstein
-from pyro_vae.objectives.penalties.experts import ExpertKL
+from pyro_vae.objectives.penalties.experts import ConditionalBottleneck, ExpertKL
 from pyro_vae.objectives.penalties.latent import Latent, Penalty
 from pyro_vae.objectives.penalties.moments import DIP
 
@@ -16,6 +16,7 @@ __all__ = [
     "DIP",
     "MMD",
     "Adversarial",
+    "ConditionalBottleneck",
     "ExpertKL",
     "Latent",
     "MutualInformation",

@@ -11,7 +11,7 @@ from pyro_vae.objectives.penalties.latent import Latent
 from pyro_vae.objectives.schedules import Schedule
 from pyro_vae.objectives.tracing import core, elementwise_kl
 
-__all__ = ["ExpertKL"]
+__all__ = ["ConditionalBottleneck", "ExpertKL"]
 
 
 class ExpertKL:
@@ -41,19 +41,28 @@ class ExpertKL:
                 f"ExpertKL: came {'no site' if site is None else f'site={site!r}'}, the guide's sites "
                 f"with experts are {carry}; use a guide of guides.experts"
             )
-        latent = Latent(particles, site, "ExpertKL")
-        total = torch.zeros(particles.samples[site].shape[1], device=step.device)
-        for expert, counts in latent.here["infer"]["experts"].values():
-            total = total + torch.where(counts, self._kl(latent, expert), total.new_zeros(()))
-        return schedules.value(self.weight, step) * total
+        latent = Latent(particles, site, type(self).__name__)
+        zero = torch.zeros((), device=step.device)
+        terms = [
+            (torch.where(counts, self._kl(latent, expert), zero), counts)
+            for expert, counts in latent.here["infer"]["experts"].values()
+        ]
+        total = torch.stack([kl for kl, _ in terms]).sum(0)
+        number = torch.stack([torch.as_tensor(counts) for _, counts in terms]).sum(0)
+        return schedules.value(self.weight, step) * self._weighed(latent, total, number)
 
-    def _kl(self, latent: Latent, expert: object) -> Tensor:
+    def _weighed(self, latent: Latent, total: Tensor, number: Tensor) -> Tensor:
+        """Of Σ_m KL(q ‖ q_m) and how many experts count, ``[B]``."""
+        return total
+
+    def _kl(self, latent: Latent, other: object) -> Tensor:
+        """KL(q ‖ other), ``[B]``."""
         try:
-            kl, event_dim = elementwise_kl(latent.posterior, expert)
+            kl, event_dim = elementwise_kl(latent.posterior, other)
         except NotImplementedError:
             raise ValueError(
-                f"ExpertKL: site {latent.name!r}: the KL of a {latent.kind()} to a "
-                f"{type(core(expert)).__name__} is not known; use a product of Gaussian experts"
+                f"{latent.who}: site {latent.name!r}: the KL of a {latent.kind()} to a "
+                f"{type(core(other)).__name__} is not known; use a product of Gaussian experts"
             ) from None
         particles = latent.particles
         kl = particles.plan.canonical(kl, event_dim, particles.num_particles, True)
@@ -62,4 +71,37 @@ class ExpertKL:
     def __repr__(self) -> str:
         weight = getattr(self.weight, "__qualname__", self.weight)
         site = "" if self.site is None else f", site={self.site!r}"
-        return f"ExpertKL({weight}{site})"
+        return f"{type(self).__name__}({weight}{site})"
+
+
+class ConditionalBottleneck(ExpertKL):
+    """What a conditional information bottleneck asks for beyond the rate (MVTCAE, Hwang et al. 2021).
+
+    alpha / (n - alpha) (Σ_m KL(q ‖ q_m) - (n - 1) KL(q ‖ p)) of a row in which n experts count. Added to
+    an ELBO this weighs KL(q ‖ p) by n (1 - alpha) / (n - alpha). One site alone has nothing to share:
+    there it is 0.
+
+    Args:
+        alpha: from 0, where it is 0, to 1.
+        weight, site: as for ``ExpertKL``.
+
+    Raises:
+        ValueError: alpha outside [0, 1].
+    """
+
+    def __init__(
+        self, alpha: float, weight: float | Schedule = 1.0, site: str | None = None
+    ) -> None:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"ConditionalBottleneck: came alpha={alpha!r}, wanted 0 to 1")
+        super().__init__(weight, site)
+        self.alpha = alpha
+
+    def _weighed(self, latent: Latent, total: Tensor, number: Tensor) -> Tensor:
+        several = number > 1
+        share = self.alpha / (number.clamp(min=2) - self.alpha)
+        gain = total - (number - 1) * self._kl(latent, latent.prior["fn"])
+        return torch.where(several, share * gain, torch.zeros_like(gain))
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("(", f"({self.alpha:g}, ", 1)
