@@ -216,7 +216,7 @@ class Batch:
     def hide(self, site: str, mask: Any) -> Batch:
         """Make the entries missing where ``mask`` (bool, broadcast to ``[B, *event]``) is True."""
         value = self[site]
-        hidden = torch.as_tensor(mask, dtype=torch.bool, device=value.device)
+        hidden = _bools(site, "hide()", torch.as_tensor(mask, device=value.device))
         if 0 < hidden.dim() < value.dim() and len(hidden) == len(value):
             raise ValueError(
                 f"site {site!r}: hide() came a mask {list(hidden.shape)}, which may mean rows or "
@@ -417,8 +417,18 @@ def _mask(site: str, value: Tensor, observed: Any) -> Tensor | None:
         raise ValueError(
             f"site {site!r}: observed= came {list(mask.shape)}, wanted {list(value.shape)}"
         )
-    mask = mask.to(value.device, torch.bool)
+    mask = _bools(site, "observed=", mask.to(value.device))
     return mask if missing is None else mask & ~missing
+
+
+def _bools(site: str, argument: str, mask: Tensor) -> Tensor:
+    """Numbers that are a mask by their values; 0.3 would count as True."""
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        strange = mask[(mask != 0) & (mask != 1)][0].item()
+        raise ValueError(
+            f"site {site!r}: {argument} came a mask that holds {strange:g}, wanted bool: mask < 0.3"
+        )
+    return mask.to(torch.bool)
 
 
 def _interior(observed: Tensor) -> float:

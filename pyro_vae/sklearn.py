@@ -38,7 +38,7 @@ class _OnTables(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         latent: int = 8,
         hidden: Sequence[int] = (128, 128),
         *,
-        kinds: Mapping[Any, str] | str | None = None,
+        kinds: Mapping[Any, Any] | str | None = None,
         objective: str = OBJECTIVE,
         epochs: int = 200,
         batch_size: int = 100,
@@ -54,7 +54,7 @@ class _OnTables(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         """Train on rows ``[N, D]``, an array or a DataFrame, NaN (NA, None) where missing; y is ignored.
 
         Raises:
-            ValueError: a column that holds no value, classes or numbers that do not fit ``kinds``.
+            ValueError: what ``Columns.of`` refuses.
         """
         frame = self._frame(X, reset=True)
         kinds = "real" if self.kinds is None and not _is_frame(X) else self.kinds
@@ -113,8 +113,9 @@ class VAEImputer(OneToOneFeatureMixin, _OnTables):  # type: ignore[misc]
     Args:
         latent, hidden: of ``pairs.table``.
         kinds: column -> ``"real"``, ``"positive"``, ``"count"``, ``"binary"``, ``"category"``,
-            ``"ordinal"``, or one of them for all. Columns of an array, x0, x1, ..., are real unless
-            said otherwise; those of a DataFrame are looked at, see ``Columns.of``.
+            ``"ordinal"`` or, for the latter, the list of its values in order; or one kind for all.
+            Columns of an array, x0, x1, ..., are real unless said otherwise; those of a DataFrame are
+            looked at, see ``Columns.of``.
         objective: a recipe with its arguments, as on the command line.
         epochs, batch_size, lr: of the training, by Adam.
         num_particles: of the importance sampling, see ``impute``.
@@ -129,7 +130,7 @@ class VAEImputer(OneToOneFeatureMixin, _OnTables):  # type: ignore[misc]
         latent: int = 8,
         hidden: Sequence[int] = (128, 128),
         *,
-        kinds: Mapping[Any, str] | str | None = None,
+        kinds: Mapping[Any, Any] | str | None = None,
         objective: str = OBJECTIVE,
         epochs: int = 200,
         batch_size: int = 100,

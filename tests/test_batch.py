@@ -258,6 +258,19 @@ def test_hide_refuses_masks_that_do_not_fit() -> None:
         batch.hide("s", torch.zeros(3, dtype=torch.bool))
 
 
+def test_masks_are_bool() -> None:
+    batch = Batch({"x": np.zeros((3, 2))})
+    assert batch.hide("x", np.array([[1], [0], [0]])).mask("x")[:, 0].tolist() == [
+        False,
+        True,
+        True,
+    ]
+    with pytest.raises(ValueError, match=r"'x': hide\(\) came a mask that holds 0.3, wanted bool"):
+        batch.hide("x", np.array([[1.0], [0.0], [0.3]]))
+    with pytest.raises(ValueError, match=r"'x': observed= came a mask that holds nan, wanted bool"):
+        Batch({"x": np.zeros((3, 2))}, observed={"x": np.full((3, 2), np.nan)})
+
+
 def test_with_mask() -> None:
     batch = Batch({"x": [[1.0, NAN], [NAN, 2.0], [3.0, 4.0]], "y": torch.arange(3)})
     masked = batch.rows([0, 1]).with_mask()

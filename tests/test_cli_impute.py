@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 
 from pyro_vae.cli import main
-from pyro_vae.conditionals import Categorical
+from pyro_vae.conditionals import Categorical, Ordinal
 from pyro_vae.saved import load
 
 FAST = ["--epochs", "2", "-K", "16", "--latent", "2", "--objective", "elbo", "--device", "cpu"]
@@ -91,10 +92,34 @@ def test_intervals_stand_beside(table):
     assert type(model.likelihoods["class_town"]) is Categorical
 
 
+def test_classes_in_order(table):
+    """Of the command line, and one that no row has."""
+    command = ["impute", "table.csv", "-o", "out.csv", "--drop", "name", "--run", "kept", *FAST]
+    assert main([*command, "--kind", "town=Rome < Oslo<Bonn"]) == 0
+    kept = load("kept")
+    assert kept.config["data"]["classes"]["class_town"] == ["Rome", "Oslo", "Bonn"]
+    model: Any = kept.model
+    assert type(model.likelihoods["class_town"]) is Ordinal
+    assert set(pd.read_csv("out.csv")["town"]) <= {"Rome", "Oslo", "Bonn"}
+
+
+def test_text_among_numbers(table, capsys):
+    ages = table["age"].astype(object).where(table.index != 5, "old")
+    table.assign(size=range(40), age=ages).to_csv("odd.csv", index=False)
+    assert main(["impute", "odd.csv", "-o", "out.csv", "--drop", "name", *FAST]) == 2
+    assert "column 'age': holds 'old' in row 5 among numbers (1 of " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--kind", "size"], "--kind: came 'size', wanted COLUMN=KIND"),
+        (["--kind", "size"], "--kind: came 'size', wanted COLUMN=KIND, or COLUMN=LOWEST<"),
+        (["--kind", "town=Oslo<"], "--kind: came 'town=Oslo<', wanted COLUMN=KIND"),
+        (["--kind", "town=Oslo<Bonn"], "column 'town': came 'Rome' in row "),
+        (["--kind", "town=ordinal"], "of kind 'ordinal', wanted their order: --kind 'town=LOWEST<"),
+        (["--drop", "town"], "column 'name': came 40 classes in 40 rows"),
+        (["-o", "table.csv"], "--out: came table.csv, which is the table to fill"),
+        (["-o", "../{here}/table.csv"], "which is the table to fill; wanted another file"),
         (["--kind", "size=big"], "column 'size': came kind 'big'"),
         (["--kind", "sizes=real"], "did you mean 'size'?"),
         (["--kind", "size=count"], "wanted whole numbers from 0 on of kind 'count'"),
@@ -106,6 +131,12 @@ def test_intervals_stand_beside(table):
     ],
     ids=[
         "kind",
+        "half an order",
+        "not in the order",
+        "no order",
+        "names of rows",
+        "itself",
+        "itself by another path",
         "no kind",
         "column",
         "not of the kind",
@@ -117,7 +148,11 @@ def test_intervals_stand_beside(table):
     ],
 )
 def test_refusals_are_one_line(table, capsys, arguments, words):
-    assert main(["impute", "table.csv", "-o", "out.csv", *FAST, *arguments]) == 2
+    before = Path("table.csv").read_bytes()
+    arguments = [text.format(here=Path.cwd().name) for text in arguments]
+    command = ["impute", "table.csv", "-o", "out.csv", "--drop", "name", *FAST]
+    assert main([*command, *arguments]) == 2
+    assert Path("table.csv").read_bytes() == before
     error = capsys.readouterr().err
     assert words in error
     assert error.strip().splitlines()[-1].startswith("error: ")

@@ -131,6 +131,14 @@ def test_objectives_by_name():
         assert torch.equal(comparison.rows(mine), by_text.rows(theirs))
 
 
+def test_objectives_themselves():
+    """Every cell trains a copy."""
+    own = iwae(3, "dreg")
+    comparison, by_text = small([own], [0]), small([OBJECTIVES[1]], [0])
+    assert comparison.objectives == [repr(own)]
+    assert torch.equal(comparison.rows(repr(own)), by_text.rows(OBJECTIVES[1]))
+
+
 def test_a_second_judge(tmp_path: Path, trained: list[Any]):
     comparison = small(judge=first_pixel, out=tmp_path)
     x = data(6, seed=1)[:4, 0]

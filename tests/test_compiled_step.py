@@ -20,6 +20,8 @@ from torch import Tensor, nn
 import pyro_vae as pv
 from pyro_vae.batch import Batch
 from pyro_vae.compiled import LEVELS, Step, make_step
+from pyro_vae.compiled.trial import Trial
+from pyro_vae.compiled.ways import Refused
 from pyro_vae.objectives import beta_vae, elbo, iwae, mean_field, renyi
 from pyro_vae.objectives.schedules import linear
 from pyro_vae.objectives.swap import preserved
@@ -573,3 +575,21 @@ def test_a_cuda_graph_takes_the_steps_of_the_programs(pair: str):
     assert (step.level, step.reason) == ("compiled", "")
     for a, b in zip(came[:5], wanted[:5], strict=True):  # losses
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("second", [1e-9, 0.5])
+def test_a_step_of_either_sign_where_a_gradient_is_0_but_for_rounding(second: float):
+    """Adam takes one there, as for a bias in front of BatchNorm."""
+
+    def trial(sign: float) -> Trial:
+        made = Trial.__new__(Trial)
+        made.bf16, made.losses = False, [torch.tensor(1.0)] * 2
+        made.gradients = {0: torch.tensor([1.0, second])}
+        made.changes = [[torch.tensor([0.01, sign * 0.01])], [torch.ones(2)], []]
+        return made
+
+    if second < 0.1:
+        trial(1.0).agrees(trial(-1.0), strictly=True)
+    else:
+        with pytest.raises(Refused, match="changes the parameters otherwise: by 0.02"):
+            trial(1.0).agrees(trial(-1.0), strictly=True)

@@ -33,7 +33,11 @@ def test_every_subset_and_every_condition():
     assert conditional.error == pytest.approx(float(differences.std()) / 2**0.5)
     summary = found.summary()
     assert list(summary) == ["x", "y", "x,y", "y|x", "x|y"]
-    assert summary["x|y"] == {"log_p": conditional.mean, "log_p_se": conditional.error}
+    wanted = {"log_p": conditional.mean, "log_p_se": conditional.error, "rows": 2}
+    assert summary["x|y"] == wanted
+    assert summary["x"]["log_p"] == pytest.approx(float(exact["x",][batch.seen("x")].mean()))
+    with pytest.raises(ValueError, match=r"came \['y'\] on both sides"):
+        found.conditional("y", ["x", "y"])
     assert f"log p(x | y) ~ {conditional.mean:.3f} ± {conditional.error:.3f} nats" in str(found)
 
 
@@ -41,7 +45,7 @@ def test_a_condition_asks_for_rows_that_have_both():
     model, batch = linear_model(), data()
     apart = batch.rows((~(batch.seen("x") & batch.seen("y"))).nonzero().squeeze(1))
     found = subsets(model, guide_of(model), apart, 4, widen=False, compile="eager")
-    assert list(found.summary()) == ["x", "y", "x,y"]
+    assert list(found.summary()) == ["x", "y"]
     with pytest.raises(ValueError, match=r"none of 6 rows has \['x', 'y'\] together"):
         found.conditional("x", "y")
 

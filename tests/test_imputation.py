@@ -260,6 +260,8 @@ def test_labels_counts_and_coins():
 
 def test_a_site_that_the_data_lack_is_missing_everywhere():
     batch = mixed().without("label")
+    losses = {"label": "l1", "count": "l1"}  # of sites that are not filled, too
+    assert set(impute(Mixed(), Prior(), batch, 50, sites=["coin"], loss=losses).values) == {"coin"}
     assert set(impute(Mixed(), Prior(), batch, 50).values) == {"count", "coin"}
     found = impute(Mixed(), Prior(), batch, 8_000, sites=["label"], draws=3)
     assert found.draws["label"].shape == (3, 2)
@@ -352,7 +354,18 @@ def test_refusals():
         ((x,), {}, "wanted a Batch"),
         ((batch, 0), {}, "num_particles=0"),
         ((batch,), {"draws": -1}, "draws=-1"),
-        ((batch,), {"loss": "l3"}, "wanted one of"),
+        (
+            (batch,),
+            {"loss": "l3"},
+            r"^impute: came loss 'l3', wanted one of \['l2', 'l1'\], or site",
+        ),
+        ((batch,), {"loss": {"x": "l3"}}, "came loss 'l3', wanted one of"),
+        (
+            (batch,),
+            {"loss": {"reel": "l1"}},
+            r"loss= names sites \['reel'\], wanted some of \['x'\]",
+        ),
+        ((batch,), {"loss": {"z": "l1"}}, r"loss= names sites \['z'\]"),
         ((batch,), {"interval": 1.0}, "interval=1.0"),
         ((batch,), {"sites": ["y"]}, r"came sites \['y'\], wanted some of \['x'\]"),
         ((batch,), {"sites": ["z"]}, r"came sites \['z'\]"),

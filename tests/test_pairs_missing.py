@@ -204,6 +204,16 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"mechanism": "linear"},
         r"site 's': the mask came \[60\], wanted \[60, 3\]",
     ),
+    "a mask that says the contrary": (
+        lambda: Batch({"x": rows()["x"], "s": 1 - rows()["s"]}),
+        {"mechanism": "linear"},
+        r"site 's': contradicts what is missing of 'x' in \d+ of 180 entries, wanted 1 where",
+    ),
+    "a mask with holes": (
+        lambda: (kept := rows()).hide("s", kept["s"] == 0),
+        {"mechanism": "linear"},
+        "site 's': contradicts what is missing",
+    ),
     "never observed": (never, {}, r"site 'x': none of 5 rows has \[1\], wanted"),
     "widths": (rows, {"hidden": (0,)}, r"hidden=\(0,\), wanted whole numbers above 0"),
     "no batch": (lambda: torch.randn(5, 3), {}, r"came a Tensor, wanted a Batch"),

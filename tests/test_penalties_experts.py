@@ -200,6 +200,12 @@ def test_mvtcae_refuses(alpha: float):
         mvtcae(alpha)
 
 
+def test_mvae_refuses_one_word():
+    for build in (lambda: mvae("x"), lambda: parse("mvae:sites=x")):
+        with pytest.raises(ValueError, match=r"mvae: came sites='x', wanted several: sites=\("):
+            build()
+
+
 def test_mvae_refuses_sites_that_the_data_lack():
     model = linear_model()
     with pytest.raises(ValueError, match=r"only: came .'sound'., the batch holds .'x', 'y'"):

@@ -659,6 +659,16 @@ def test_data_outside_the_support_are_refused():
 
     with pytest.raises(ValueError, match="outside the support"):
         encode(Binary(), BatchGuide(), Batch({"x": data(ROWS)}))
+    with pytest.raises(ValueError, match="site 'x': data outside the support of the Bernoulli"):
+        sample(Binary(), given=Batch({"x": data(ROWS)}), guide=BatchGuide())
+
+
+def test_a_misspelt_site_is_not_given():
+    """Else fresh rows would come."""
+    with pytest.raises(
+        ValueError, match=r"given came with sites \['xx'\], the model has \['z', 'x'\]"
+    ):
+        sample(LinearBatchModel(), given=Batch({"xx": data(ROWS)}))
 
 
 @pytest.mark.gpu

@@ -420,6 +420,22 @@ def test_a_group_shares_one_floor(above: bool):
     torch.testing.assert_close(alone["z2"], FreeBits(nats, "site")(particles, STEP)["z2"])
 
 
+def test_floors_by_site():
+    """Sites that are not named keep their rate."""
+    particles = particles_of(LadderModel(), TopDown())
+    plain = Analytic()(particles, STEP)
+    terms = FreeBits({"z2": piecewise((0, 100))}, "site")(particles, STEP)
+    torch.testing.assert_close(terms["z1"], plain["z1"])
+    torch.testing.assert_close(terms["z2"], FreeBits(100.0, "site")(particles, STEP)["z2"])
+    both = FreeBits({"z1": 0.3, "z2": 100.0}, "site")(particles, STEP)
+    torch.testing.assert_close(both["z1"], FreeBits(0.3, "site")(particles, STEP)["z1"])
+    assert repr(FreeBits({"z1": 0.3})) == "freebits({z1: 0.3}, dimension, batch, analytic)"
+    with pytest.raises(ValueError, match="came floors by site and groups"):
+        FreeBits({"z1": 0.3}, {"all": ["z1"]})
+    with pytest.raises(ValueError, match=r"FreeBits: came .*'w'"):
+        FreeBits({"w": 0.3}, "site")(particles, STEP)
+
+
 def test_floors_can_move():
     _, particles, kl = one_latent()
     rate = FreeBits(piecewise((0, 100), (6, 0)))

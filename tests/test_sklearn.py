@@ -128,6 +128,31 @@ def test_frames_keep_names_types_and_index():
     assert not first.equals(second)
 
 
+def test_rows_that_hold_nothing_and_bools_with_holes():
+    """They are filled as rows of which nothing is known, in the types that were learned."""
+    group = np.arange(40) % 2
+    table = pd.DataFrame(
+        {
+            "town": np.array(["Ulm, Donau", "Rome"], dtype=object)[group],
+            "alive": np.array([True, False], dtype=object)[group],
+            "legs": group * 2,
+            "size": group + 0.5,
+        }
+    )
+    table.loc[3, "alive"] = np.nan
+    fitted = imputer().fit(table)
+    filled = fitted.transform(table)
+    assert filled["alive"].dtype == bool
+    assert filled["alive"].drop(3).tolist() == table["alive"].drop(3).tolist()
+    empty = pd.DataFrame(np.nan, index=["a", "b"], columns=table.columns)
+    filled = fitted.transform(empty)
+    assert list(map(str, filled.dtypes[1:])) == ["bool", "int64", "float64"]
+    assert filled["town"].dtype == table["town"].dtype
+    assert set(filled["town"]) <= {"Ulm, Donau", "Rome"}
+    assert filled.loc["a"].tolist() == filled.loc["b"].tolist()
+    assert fitted.draw(empty, 1)[0].notna().all(axis=None)
+
+
 def test_pipelines_and_output_containers():
     whole, holes = correlated(60)
     y = whole[:, 0]
@@ -160,6 +185,14 @@ def test_refusals_are_one_line():
         (lambda: imputer().fit(table.assign(size=np.nan)), r"columns \['size'\] hold no value"),
         (lambda: imputer(kinds={"sise": "real"}).fit(table), "did you mean 'size'"),
         (lambda: imputer(kinds={"size": "odd"}).fit(table), "came kind 'odd', wanted one of"),
+        (lambda: imputer(kinds={"colour": "ordinal"}).fit(table), "wanted their order"),
+        (lambda: imputer(kinds={"colour": ["red", "green"]}).fit(table), "came 'blue' in row r"),
+        (lambda: imputer().fit(table.assign(id=table.index)), "'id': came 60 classes in 60 rows"),
+        (
+            lambda: imputer().fit(table.assign(eggs=[*map(str, range(59)), "many"])),
+            "column 'eggs': holds 'many' in row r59 among numbers",
+        ),
+        (lambda: imputer(loss="l3").fit(table).transform(table), "came loss 'l3', wanted one of"),
         (lambda: imputer(kinds={"size": "count"}).fit(table), "wanted whole numbers from 0 on"),
         (
             lambda: imputer(kinds={"colour": "real"}).fit(table),

@@ -41,7 +41,12 @@ def impute(
     ] = False,
     kind: Annotated[
         list[str] | None,
-        typer.Option("--kind", help="COLUMN=KIND; repeat. Kinds: " + ", ".join(KINDS)),
+        typer.Option(
+            "--kind",
+            help="COLUMN=KIND; repeat. Kinds: "
+            + ", ".join(KINDS)
+            + "; or classes in their order: 'COLUMN=low<mid<high'",
+        ),
     ] = None,
     drop: Annotated[
         str | None, typer.Option(help="columns by comma that are copied as they are")
@@ -73,6 +78,8 @@ def impute(
     if draws and interval:
         raise ValueError("came --draws and --interval, wanted one of them")
     tables.check_path(out)
+    if table.exists() and out.exists() and out.samefile(table):
+        raise ValueError(f"--out: came {out}, which is the table to fill; wanted another file")
     whole = read_table(table)
     left = _left(whole, drop)
     frame = whole.drop(columns=left)
@@ -127,11 +134,18 @@ def _left(frame: Any, drop: str | None) -> list[str]:
     return names
 
 
-def _kinds(given: list[str] | None) -> dict[str, str]:
-    pairs = [text.rpartition("=") for text in given or ()]
-    if odd := [text for text, (name, _, kind) in zip(given or (), pairs, strict=True) if not name]:
-        raise ValueError(f"--kind: came {odd[0]!r}, wanted COLUMN=KIND")
-    return {name.strip(): kind.strip() for name, _, kind in pairs}
+def _kinds(given: list[str] | None) -> dict[str, str | list[str]]:
+    """Column -> kind, or its classes in order."""
+    kinds: dict[str, str | list[str]] = {}
+    for text in given or ():
+        name, _, kind = text.rpartition("=")
+        order = [part.strip() for part in kind.split("<")]
+        if not name or not all(order):
+            raise ValueError(
+                f"--kind: came {text!r}, wanted COLUMN=KIND, or COLUMN=LOWEST<...<HIGHEST"
+            )
+        kinds[name.strip()] = order if len(order) > 1 else order[0]
+    return kinds
 
 
 def _note(rows: Any) -> None:

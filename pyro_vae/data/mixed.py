@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from pyro_vae.batch import Batch
 from pyro_vae.data.source import near
-from pyro_vae.data.table import csv_frame
+from pyro_vae.data.table import Cells, cells_of, csv_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +27,7 @@ NUMBERS = ("real", "positive", "count", "binary")  # kinds whose columns share a
 CLASSES = ("category", "ordinal")  # kinds whose columns are a site each
 KINDS = (*NUMBERS, *CLASSES)
 MOST = 1000  # different texts of a column; more are rather names of rows
+FEW = 20  # classes that a column may have whose values hardly repeat
 
 
 @dataclass(frozen=True)
@@ -35,49 +38,53 @@ class Columns:
         kinds: column -> one of ``KINDS``.
         classes: column of classes -> its values, in order.
         sites: site -> its columns, a name alone for a site ``[N]``.
+        dtypes: column -> what it is in when it is filled.
     """
 
     kinds: dict[Any, str]
     classes: dict[Any, list[Any]]
     sites: dict[str, Any]
+    dtypes: dict[Any, Any]
 
     @classmethod
-    def of(cls, frame: pd.DataFrame, kinds: Mapping[Any, str] | str | None = None) -> Columns:
+    def of(cls, frame: pd.DataFrame, kinds: Mapping[Any, Any] | str | None = None) -> Columns:
         """Look at a table.
 
         Args:
             frame: its empty cells (NaN, NA, None) are missing.
-            kinds: column -> kind, where it is not to be inferred; or one kind for all columns.
-                Inferred are ``category`` of text and of pandas' own type, ``ordinal`` of that type in
-                order, ``binary`` of True and False and of numbers that are all 0 or 1, ``real`` of
-                all other numbers.
+            kinds: column -> kind, where it is not to be inferred, or the list of its values in order,
+                which makes it ordinal; or one kind for all columns. Inferred are ``category`` of text
+                and of pandas' own type, ``ordinal`` of that type in order, ``binary`` of True and
+                False and of numbers that are all 0 or 1, ``real`` of all other numbers.
 
         Raises:
             ValueError: no columns, one that holds no value in any row, kinds that there are not or
-                that a column's values do not have, ``kinds`` of columns that are not there.
+                that a column's values do not have, ``kinds`` of columns that are not there, text in
+                order without the order; and where no kind is given, text among numbers, and classes
+                that hardly repeat.
         """
         names = list(frame.columns)
         if not names or not len(frame):
             raise ValueError(f"table: came {len(frame)} rows and {len(names)} columns")
-        given = dict.fromkeys(names, kinds) if isinstance(kinds, str) else dict(kinds or {})
-        for name, kind in given.items():
-            if name not in names:
-                close = near(str(name), map(str, names))
-                raise ValueError(f"table: kinds= names {name!r}, the columns are {names}{close}")
-            if kind not in KINDS:
-                raise ValueError(
-                    f"column {name!r}: came kind {kind!r}, wanted one of {list(KINDS)}"
-                )
+        given = _given(names, kinds)
         if empty := [name for name in names if frame[name].isna().all()]:
             raise ValueError(
                 f"columns {empty} hold no value in any of {len(frame)} rows, so that nothing can be "
                 "learned of them; drop them"
             )
-        found = {name: given.get(name) or _kind(frame[name]) for name in names}
-        classes = {n: _classes(frame[n]) for n, kind in found.items() if kind in CLASSES}
+        found: dict[Any, str] = {}
+        classes: dict[Any, list[Any]] = {}
         for name in names:
-            if name not in classes:
-                _check_numbers(name, found[name], _numbers(frame[name]))
+            column, kind = frame[name], given.get(name)
+            found[name] = "ordinal" if isinstance(kind, list) else kind or _kind(column)
+            if isinstance(kind, list):
+                classes[name] = _in_order(column, kind)
+            elif found[name] in CLASSES:
+                classes[name] = _classes(column, found[name])
+            else:
+                _check_numbers(name, found[name], _numbers(column))
+            if kind is None and found[name] == "category":
+                _check_repeats(column)
         sites: dict[str, Any] = {}
         for kind in NUMBERS:
             if of := [name for name in names if found[name] == kind]:
@@ -86,7 +93,8 @@ class Columns:
             if name in classes:
                 plain = "class_" + re.sub(r"\W", "_", str(name))
                 sites[f"{plain}_{place}" if plain in sites else plain] = name
-        return cls(found, classes, sites)
+        dtypes = {name: _dtype(frame[name], found[name]) for name in names}
+        return cls(found, classes, sites, dtypes)
 
     @property
     def ordinal(self) -> list[str]:
@@ -130,7 +138,8 @@ class Columns:
         return Batch(values, observed, record=record, **options)
 
     def filled(self, frame: pd.DataFrame, values: Mapping[str, Tensor]) -> pd.DataFrame:
-        """The table with its empty cells filled, in the types that its columns have.
+        """The table with its empty cells filled, in the types that its columns have; a column that
+        holds nothing has the type that it was learned in.
 
         Args:
             values: site -> ``[N, *event]``, such as ``Imputation.values``.
@@ -159,16 +168,19 @@ class Columns:
         """A column with new values where it is missing."""
         import pandas as pd
 
-        new = made[missing]
-        if column.name in self.classes:
-            new = [self.classes[column.name][code] for code in new]
-        elif pd.api.types.is_bool_dtype(column.dtype):
+        name, new = column.name, made[missing]
+        dtype = self.dtypes[name] if missing.all() else _dtype(column, self.kinds[name])
+        if name in self.classes:
+            new = [self.classes[name][code] for code in new]
+            if isinstance(dtype, pd.CategoricalDtype) and not set(new) <= set(dtype.categories):
+                dtype = pd.CategoricalDtype(self.classes[name], dtype.ordered)
+        elif pd.api.types.is_bool_dtype(dtype):
             new = new > 0.5
-        elif pd.api.types.is_integer_dtype(column.dtype):
-            new = new.round()
-        filled = column.copy()
-        filled[missing] = pd.array(new, dtype=column.dtype)
-        return filled
+        elif pd.api.types.is_integer_dtype(dtype):
+            new = new.round().astype(np.int64)
+        filled = column.astype(object)
+        filled[missing] = list(new)
+        return filled.astype(dtype)
 
     def _kind_of(self, of: Any) -> str | None:
         return None if isinstance(of, list) else self.kinds[of]
@@ -178,7 +190,7 @@ class Columns:
         known = {value: code for code, value in enumerate(self.classes[column.name])}
         missing = column.isna().to_numpy()
         codes = np.full(len(column), -1, dtype=np.int64)
-        for row, value in enumerate(column):
+        for row, value in enumerate(column.astype(object)):
             if not missing[row]:
                 if value not in known:
                     raise ValueError(
@@ -216,32 +228,89 @@ def read_table(path: str | Path) -> pd.DataFrame:
     raise ValueError(f"{path}: came a file {path.suffix!r}, wanted .csv, .tsv or .parquet")
 
 
+def _given(names: list[Any], kinds: Mapping[Any, Any] | str | None) -> dict[Any, Any]:
+    """Column -> its kind, or the list of its values in order."""
+    given = dict.fromkeys(names, kinds) if isinstance(kinds, str) else dict(kinds or {})
+    for name, kind in given.items():
+        if name not in names:
+            close = near(str(name), map(str, names))
+            raise ValueError(f"table: kinds= names {name!r}, the columns are {names}{close}")
+        if isinstance(kind, list | tuple):
+            if len(kind) < 2 or len(set(kind)) < len(kind):
+                raise ValueError(
+                    f"column {name!r}: came the order {list(kind)}, wanted at least 2 different values"
+                )
+            given[name] = list(kind)
+        elif kind not in KINDS:
+            raise ValueError(
+                f"column {name!r}: came kind {kind!r}, wanted one of {list(KINDS)}, or the list of its "
+                "values in order"
+            )
+    return given
+
+
 def _kind(column: pd.Series[Any]) -> str:
     import pandas as pd
 
     if isinstance(column.dtype, pd.CategoricalDtype):
         return "ordinal" if column.dtype.ordered else "category"
-    if pd.api.types.is_bool_dtype(column.dtype):
-        return "binary"
-    numbers = _numbers(column, strict=False)
-    if numbers is None:
+    cells = cells_of(column)
+    if cells.bad.any():
+        _check_strays(cells)
         return "category"
-    return "binary" if np.isin(numbers[~np.isnan(numbers)], (0, 1)).all() else "real"
+    binary = pd.api.types.is_bool_dtype(column.dtype) or cells.numbers.dropna().isin((0, 1)).all()
+    return "binary" if binary else "real"
 
 
-def _numbers(column: pd.Series[Any], strict: bool = True) -> Any:
-    """A column as ``float64``, NaN where missing; None, or an error, if it holds something else."""
+def _check_strays(cells: Cells) -> None:
+    """Refuse text among numbers, which is rather a slip than a class."""
+    name, strays = cells.raw.name, cells.raw[cells.bad]
+    if cells.raw[cells.numbers.notna()].nunique() >= strays.nunique():
+        raise ValueError(
+            f"column {name!r}: holds {strays.iloc[0]!r} in row {strays.index[0]} among numbers "
+            f"({len(strays)} of {cells.raw.count()} values are none); correct it, make it missing, or "
+            f"say the column's kind: {_say_classes(name)}"
+        )
+
+
+def _check_repeats(column: pd.Series[Any]) -> None:
+    """Refuse classes that are rather names of rows, or dates."""
+    different, held = column.nunique(), column.count()
+    if different > FEW and 2 * different > held:
+        raise ValueError(
+            f"column {column.name!r}: came {different} classes in {held} rows that have a value, wanted "
+            f"classes that repeat; drop it (--drop {shlex.quote(str(column.name))}, or from the "
+            f"DataFrame), make numbers of it, or say its kind: {_say_classes(column.name)}"
+        )
+
+
+def _say_classes(name: Any) -> str:
+    """How to say that a column is one of classes, on the command line and in Python."""
+    return f"--kind {shlex.quote(f'{name}=category')}, kinds={ ({name: 'category'}) }"
+
+
+def _numbers(column: pd.Series[Any]) -> Any:
+    """A column as ``float64``, NaN where missing."""
+    cells = cells_of(column)
+    if cells.bad.any():
+        held = cells.raw[cells.bad]
+        raise ValueError(
+            f"column {column.name!r}: holds {held.iloc[0]!r} in row {held.index[0]}, wanted numbers"
+        )
+    return cells.numbers.to_numpy(np.float64, na_value=np.nan)
+
+
+def _dtype(column: pd.Series[Any], kind: str) -> Any:
+    """What a column is in when it is filled: what it is in, but numbers that are objects for the sake
+    of their holes, or a category, are numbers."""
     import pandas as pd
 
-    try:
-        if isinstance(column.dtype, pd.CategoricalDtype):
-            column = column.astype(object)
-        return pd.to_numeric(column).to_numpy(np.float64, na_value=np.nan)
-    except (ValueError, TypeError):
-        if not strict:
-            return None
-        held = next(v for v in column.dropna() if pd.isna(pd.to_numeric(v, errors="coerce")))
-        raise ValueError(f"column {column.name!r}: holds {held!r}, wanted numbers") from None
+    if kind in NUMBERS and isinstance(column.dtype, pd.CategoricalDtype):
+        return np.dtype(np.float64)
+    if kind in NUMBERS and column.dtype == object:
+        held = pd.api.types.infer_dtype(column, skipna=True)
+        return np.dtype({"boolean": "bool", "integer": "int64"}.get(held, "O"))
+    return column.dtype
 
 
 TAKES: dict[str, tuple[Any, str]] = {
@@ -263,21 +332,47 @@ def _check_numbers(name: Any, kind: str, numbers: Any) -> None:
             )
 
 
-def _classes(column: pd.Series[Any]) -> list[Any]:
+def _classes(column: pd.Series[Any], kind: str) -> list[Any]:
+    """The values of a column, in the order that they have."""
     import pandas as pd
 
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        return list(column.dtype.categories)
-    try:
-        found = sorted(column.dropna().unique())
-    except TypeError:  # text among numbers
-        found = sorted(column.dropna().unique(), key=str)
-    if len(found) > MOST:
+    own = column.dtype if isinstance(column.dtype, pd.CategoricalDtype) else None
+    found = list(column.dropna().astype(object).unique() if own is None else own.categories)
+    if len(found) > MOST and own is None:
         raise ValueError(
             f"column {column.name!r}: holds {len(found)} different texts, wanted {MOST} at most for "
             "classes; drop it"
         )
-    return found
+    if kind == "ordinal" and not (own and own.ordered):
+        if cells_of(column).bad.any():
+            typed = shlex.quote(f"{column.name}=LOWEST<...<HIGHEST")
+            raise ValueError(
+                f"column {column.name!r}: came {_shown(found)} of kind 'ordinal', wanted their order: "
+                f"--kind {typed}, kinds={{{column.name!r}: [LOWEST, ..., HIGHEST]}}"
+            )
+        return sorted(found, key=float)
+    if own is not None:
+        return found
+    try:
+        return sorted(found)
+    except TypeError:  # text among numbers
+        return sorted(found, key=str)
+
+
+def _in_order(column: pd.Series[Any], order: list[Any]) -> list[Any]:
+    """The order that was given, as numbers where the column holds numbers."""
+    import pandas as pd
+
+    if getattr(column.dtype, "kind", "O") in "iuf":
+        with contextlib.suppress(ValueError):  # words, which then are none of the column's
+            order = pd.to_numeric(pd.Series(order)).tolist()
+    other = column[column.notna() & ~column.isin(order)].astype(object)
+    if len(other):
+        raise ValueError(
+            f"column {column.name!r}: came {other.iloc[0]!r} in row {other.index[0]}, wanted one of the "
+            f"order that was given, {_shown(order)}; add it there, or make it missing"
+        )
+    return order
 
 
 def _shown(values: list[Any]) -> str:

@@ -159,7 +159,7 @@ def _sites(
     _check_names(place, names)
     chosen, rest = _chosen(place, names, sites, columns, drop)
     listed = {site: as_list("columns", of) for site, of in chosen.items()}
-    cells = {name: _cells(frame[name]) for of in listed.values() for name in of}
+    cells = {name: cells_of(frame[name]) for of in listed.values() for name in of}
     labels = [site for site, of in chosen.items() if isinstance(of, str) and cells[of].is_text()]
     plain = {name for site, of in listed.items() if site not in labels for name in of}
     _check_cells(
@@ -220,7 +220,7 @@ def _chosen(
     return chosen, rest
 
 
-def _site(site: str, of: str | Collection[str], cells: Mapping[str, _Cells]) -> dict[str, Array]:
+def _site(site: str, of: str | Collection[str], cells: Mapping[str, Cells]) -> dict[str, Array]:
     """The array of a site, with its mask if whole numbers are missing."""
     if not isinstance(of, str):
         return {site: np.stack([_floating(cells[name].numbers) for name in of], axis=1)}
@@ -232,7 +232,7 @@ def _site(site: str, of: str | Collection[str], cells: Mapping[str, _Cells]) -> 
     return {site: codes, **_mask(site, missing)}
 
 
-def _label(place: str, site: str, cells: _Cells) -> tuple[dict[str, Array], list[str]]:
+def _label(place: str, site: str, cells: Cells) -> tuple[dict[str, Array], list[str]]:
     """Numbers of the texts of a column in alphabetical order, with a mask, and the texts."""
     import pandas as pd
 
@@ -257,7 +257,7 @@ def _floating(column: pd.Series[Any]) -> Array:
 # --- cells --------------------------------------------------------------------------------------
 
 
-class _Cells(NamedTuple):
+class Cells(NamedTuple):
     """A column as it came, as numbers (True and False, too), and where it holds something else."""
 
     raw: pd.Series[Any]
@@ -271,20 +271,21 @@ class _Cells(NamedTuple):
         return whole and all(isinstance(value, str) for value in values)
 
 
-def _cells(column: pd.Series[Any]) -> _Cells:
+def cells_of(column: pd.Series[Any]) -> Cells:
+    """Look at the cells of a column."""
     import pandas as pd
 
     if getattr(column.dtype, "kind", "O") in "biuf":
-        return _Cells(column, column, np.zeros(len(column), dtype=bool))
+        return Cells(column, column, np.zeros(len(column), dtype=bool))
     raw = column.astype(object)
     odd = raw.map(lambda value: not isinstance(value, str | Real | Decimal | np.bool_))
     numbers = pd.to_numeric(raw.where(~odd, None), errors="coerce")
-    return _Cells(raw, numbers, ((numbers.isna() | odd) & raw.notna()).to_numpy(bool))
+    return Cells(raw, numbers, ((numbers.isna() | odd) & raw.notna()).to_numpy(bool))
 
 
 def _check_cells(
     place: str,
-    cells: Mapping[str, _Cells],
+    cells: Mapping[str, Cells],
     where: Callable[[int], str],
     rest: Collection[str],
     dropped: list[str],
@@ -306,7 +307,7 @@ def _check_cells(
 
 
 def _cure(
-    cells: Mapping[str, _Cells], odd: list[str], rest: Collection[str], dropped: list[str]
+    cells: Mapping[str, Cells], odd: list[str], rest: Collection[str], dropped: list[str]
 ) -> str:
     loose = [name for name in odd if name in rest]
     named = [name for name in odd if name not in rest]

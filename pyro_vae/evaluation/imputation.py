@@ -113,7 +113,8 @@ def impute(
 
     Raises:
         ValueError: no rows, sites that the model lacks or the guide infers, a posterior that is a point
-            mass, latents outside the plate over rows.
+            mass, latents outside the plate over rows, losses that there are not or of sites that there
+            are not.
     """
     whole_numbers("impute", num_particles=num_particles, batch_size=batch_size, chunk=chunk)
     whole_numbers("impute", at_least=0, draws=draws)
@@ -125,7 +126,7 @@ def impute(
         raise ValueError(f"impute: came interval={interval}, wanted a probability: 0.9")
     with ready("impute", model, guide, seed, data) as (plan, data):
         job = _Job.prepare(model, guide, take(data, slice(0, 2)), plan, sites)
-        losses = _losses(loss, job.sites)
+        losses = _losses(loss, job)
         quantiles = bool(interval) or "l1" in losses.values()
         slots = max(draws, num_particles if quantiles else 0)
         cells = entries_per_row(data)
@@ -208,12 +209,15 @@ def _check_truth(data: Batch, truth: Batch) -> None:
             )
 
 
-def _losses(loss: str | Mapping[str, str], sites: Collection[str]) -> dict[str, str]:
-    given = dict.fromkeys(sites, loss) if isinstance(loss, str) else dict(loss)
-    odd = {name: one for name, one in given.items() if one not in LOSSES}
-    if odd:
-        raise ValueError(f"impute: came loss={odd}, wanted one of {list(LOSSES)}")
-    return {site: given.get(site, "l2") for site in sites}
+def _losses(loss: str | Mapping[str, str], job: _Job) -> dict[str, str]:
+    given = dict(loss) if isinstance(loss, Mapping) else dict.fromkeys(job.sites, loss)
+    if unknown := [site for site in given if site not in job.known]:
+        raise ValueError(f"impute: loss= names sites {unknown}, wanted some of {list(job.known)}")
+    if odd := [one for one in given.values() if one not in LOSSES]:
+        raise ValueError(
+            f"impute: came loss {odd[0]!r}, wanted one of {list(LOSSES)}, or site -> one of them"
+        )
+    return {site: given.get(site, "l2") for site in job.sites}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -343,6 +347,7 @@ class _Job:
     """A pair, and what has to be known of it before rows come.
 
     Attributes:
+        known: those that the model has, latents apart.
         sites: those to fill.
         labels: those of them that are numbers of classes.
         inner: sites that the model draws and on which others depend: their draws bear the weights.
@@ -353,6 +358,7 @@ class _Job:
     model: Program
     guide: Program
     plan: Plan
+    known: tuple[str, ...]
     sites: tuple[str, ...]
     labels: frozenset[str]
     inner: tuple[str, ...]
@@ -368,12 +374,10 @@ class _Job:
             raise ValueError("impute: wanted one plate, the one over rows, at dim -1")
         made = {name: site for name, site in table.model.items() if where_data(site) is not True}
         latents = {name for name in table.guide if name not in rows}
+        known = tuple(site for site in table.model if site not in latents)
         wanted = tuple(s for s in made if s in rows) if sites is None else tuple(sites)
-        if unknown := [site for site in wanted if site in latents or site not in table.model]:
-            raise ValueError(
-                f"impute: came sites {unknown}, wanted some of "
-                f"{[site for site in table.model if site not in latents]}"
-            )
+        if unknown := [site for site in wanted if site not in known]:
+            raise ValueError(f"impute: came sites {unknown}, wanted some of {list(known)}")
         free = leaves(model, guide, rows)
         inner = tuple(name for name in made if name not in table.guide and name not in free)
         noise = _Noise(0, rows.index, rows.device)
@@ -387,7 +391,7 @@ class _Job:
         odd = any(_draw(fn, name, noise, 1) is None for name, fn in shown.items())
         by_row = odd_guide or bool(inner) or no_moments
         labels = frozenset(s for s in wanted if is_label(unmasked_fn(table.model[s])))
-        return cls(model, guide, plan, wanted, labels, inner, by_row, odd)
+        return cls(model, guide, plan, known, wanted, labels, inner, by_row, odd)
 
     def moments(self, site: Site, size: int) -> tuple[Tensor, Tensor]:
         """Mean and variance ``[K, B, *event]`` of a site given the particle; of one whose draw bears the

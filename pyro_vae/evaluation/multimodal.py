@@ -55,6 +55,8 @@ class Subsets:
             ValueError: sites that were not evaluated together, or that no row has together.
         """
         of, given = (([s] if isinstance(s, str) else list(s)) for s in (of, given))
+        if both := sorted({*of} & {*given}):
+            raise ValueError(f"conditional: came {both} on both sides, wanted each site once")
         whole, part = self.joint(*of, *given), self.joint(*given)
         rows = self._rows((*of, *given))
         if not bool(rows.any()):
@@ -65,15 +67,19 @@ class Subsets:
         return torch.stack([self.seen[site] for site in sites]).all(0)
 
     def summary(self) -> dict[str, Any]:
-        """Plain numbers, mean and standard error: ``x,y`` joint, ``y|x`` conditional."""
+        """Plain numbers, mean and standard error: ``x,y`` joint, ``y|x`` conditional; over the rows that
+        have all these sites, and how many those are."""
         out: dict[str, Any] = {}
         for names, found in self.of.items():
-            numbers = found.summary()
-            out[",".join(names)] = {"log_p": numbers["log_p"], "log_p_se": numbers["log_p_se"]}
+            rows = self._rows(names)
+            if bool(rows.any()):
+                mean, error = mean_and_error(found.log_p[rows])
+                out[",".join(names)] = {"log_p": mean, "log_p_se": error, "rows": int(rows.sum())}
         for of, given in self._splits():
             gain = self.conditional(of, given)
             name = f"{','.join(of)}|{','.join(given)}"
-            out[name] = {"log_p": gain.mean, "log_p_se": gain.error}
+            number = int(self._rows((*of, *given)).sum())
+            out[name] = {"log_p": gain.mean, "log_p_se": gain.error, "rows": number}
         return out
 
     def _splits(self) -> list[tuple[Sites, Sites]]:

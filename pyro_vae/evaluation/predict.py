@@ -31,7 +31,7 @@ from pyro_vae.evaluation.sites import (
     whole,
 )
 from pyro_vae.objectives.plan import Plan, dependents, make_plan
-from pyro_vae.objectives.support import check_data, kind
+from pyro_vae.objectives.support import check_data, kind, supports
 from pyro_vae.objectives.tracing import Replay, Site, trace, unmasked_fn, unwrap
 
 __all__ = [
@@ -82,7 +82,8 @@ def sample(
 
     Raises:
         ValueError: no rows, a site that the model lacks or that lies outside the plate over rows, a
-            mean that is not known.
+            mean that is not known; ``given`` of which neither program has a site, or with values that
+            the model does not take.
     """
     if (num_rows is None) == (given is None):
         raise ValueError("sample: wanted either num_rows, or given= with the rows to go on from")
@@ -92,6 +93,7 @@ def sample(
     guide = guide or _draws_nothing
     with judging(model, guide, seed):  # by itself, so that the draws are those of mean=False
         data = still(given).to(device_of(model, guide, given))
+        _check_given(model, guide, data)
         free = leaves(model, guide, take(data, slice(0, 2))) if mean else set()
     parts = []
     with judging(model, guide, seed):
@@ -290,6 +292,15 @@ def _draw(
     drawn, subsamples = _infer(guide, rows, nesting, size)
     values = {**subsamples, **{name: site["value"] for name, site in drawn.items()}}
     return drawn, generate(model, rows, values, nesting, size)
+
+
+def _check_given(model: Program, guide: Program, data: Batch | Tensor) -> None:
+    if not isinstance(data, Batch) or not data.sites:
+        return
+    drawn, sites = _draw(model, guide, take(data, slice(0, 2)))
+    if not any(site in sites or site in drawn for site in data):
+        raise ValueError(f"sample: given came with sites {list(data)}, the model has {list(sites)}")
+    check_data(supports(sites, data), data.look())
 
 
 def leaves(model: Program, guide: Program, rows: Batch | Tensor) -> set[str]:

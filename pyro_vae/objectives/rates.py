@@ -122,9 +122,6 @@ class Beta(Rate):
         return schedules.value(self.beta.get(site, 1.0), step)
 
     def __repr__(self) -> str:
-        if isinstance(self.beta, dict):
-            sites = ", ".join(f"{site}: {_name(beta)}" for site, beta in self.beta.items())
-            return f"beta({{{sites}}}, {self.rate!r})"
         return f"beta({_name(self.beta)}, {self.rate!r})"
 
 
@@ -140,7 +137,8 @@ class FreeBits(Rate):
     expectation, where the mean is within its standard error of ``nats`` by .4 such errors.
 
     Args:
-        nats: the floor, a number or schedule.
+        nats: the floor, a number or schedule; or ``site -> number or schedule`` (other sites keep
+            their rate).
         per: what has a floor of its own: every ``"dimension"``, every ``"site"``, or groups
             ``name -> sites`` (other sites keep their rate).
         over: ``"batch"``, or ``"row"``: the floor holds for each row's mean over particles.
@@ -156,12 +154,18 @@ class FreeBits(Rate):
 
     def __init__(
         self,
-        nats: float | Schedule,
+        nats: float | Schedule | Mapping[str, float | Schedule],
         per: str | Mapping[str, Sequence[str]] = "dimension",
         over: str = "batch",
         rate: Rate | None = None,
     ) -> None:
-        _not_negative("FreeBits", nats=nats)
+        for number in nats.values() if isinstance(nats, Mapping) else [nats]:
+            _not_negative("FreeBits", nats=number)
+        if isinstance(nats, Mapping) and not isinstance(per, str):
+            raise ValueError(
+                "FreeBits: came floors by site and groups of sites, wanted one of them; nats= is the "
+                "floor of each group"
+            )
         if isinstance(per, str) and per not in ("dimension", "site"):
             raise ValueError(
                 f"FreeBits: came per={per!r}, wanted 'dimension', 'site' or groups name -> sites"
@@ -176,21 +180,26 @@ class FreeBits(Rate):
             raise ValueError(f"FreeBits: came sites {twice} twice, wanted each in one group")
 
     def __call__(self, particles: Particles, step: Tensor) -> dict[str, Tensor]:
-        rate, nats = dict(self.rate(particles, step)), schedules.value(self.nats, step)
+        rate = dict(self.rate(particles, step))
         entrywise, rowwise = self.per == "dimension", self.over == "row"
         for sites in self._present(particles, rate):
             if entrywise:
                 _check_factorizes(particles, sites[0], rate[sites[0]])
+            floor = self.nats[sites[0]] if isinstance(self.nats, Mapping) else self.nats
+            nats = schedules.value(floor, step)
             terms, counts, mean = _pooled(particles, rate, sites, entrywise, rowwise)
             above = (mean > nats).to(mean.dtype)
-            floor = (1 - above) * nats / len(sites)
-            rate |= {site: above * term + floor * counts for site, term in terms.items()}
+            below = (1 - above) * nats / len(sites)
+            rate |= {site: above * term + below * counts for site, term in terms.items()}
         return rate
 
     def _present(self, particles: Particles, rate: Mapping[str, Tensor]) -> Sequence[Sequence[str]]:
         """The sites that share a floor, those that are latents in this pass."""
         if isinstance(self.per, str):
-            return [[site] for site in _latents(particles)]
+            if not isinstance(self.nats, Mapping):
+                return [[site] for site in _latents(particles)]
+            _check_known("FreeBits", self.nats, particles)
+            return [[site] for site in _latents(particles) if site in self.nats]
         _check_known("FreeBits", (site for sites in self.groups for site in sites), particles)
         groups = [[site for site in sites if site in rate] for sites in self.groups]
         for sites in groups:
@@ -364,8 +373,10 @@ def _check_known(part: str, sites: Iterable[str], particles: Particles) -> None:
         )
 
 
-def _name(beta: float | Schedule) -> str:
-    return str(getattr(beta, "__qualname__", beta))
+def _name(number: float | Schedule | Mapping[str, float | Schedule]) -> str:
+    if isinstance(number, Mapping):
+        return f"{{{', '.join(f'{site}: {_name(of)}' for site, of in number.items())}}}"
+    return str(getattr(number, "__qualname__", number))
 
 
 def _subtract(log_q: Tensor, log_p: Tensor) -> Tensor:

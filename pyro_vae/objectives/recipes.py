@@ -252,7 +252,7 @@ def capacity(
 
 
 def free_bits(
-    nats: float | Schedule,
+    nats: float | Schedule | Mapping[str, float | Schedule],
     per: str | Mapping[str, Sequence[str]] = "dimension",
     over: str = "batch",
     num_particles: int = 1,
@@ -420,6 +420,8 @@ def mvae(
 
     The paper adds random subsets for more than two sites; write those as ``Term``s of a ``Sum``.
     """
+    if isinstance(sites, str):
+        raise ValueError(f"mvae: came sites={sites!r}, wanted several: sites=('x', 'y')")
     loss = beta_vae(beta, num_particles, estimator, analytic=True, **parts)
     return Sum([loss, *(Term(loss, 1.0, only(site)) for site in sites)])
 

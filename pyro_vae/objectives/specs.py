@@ -66,7 +66,8 @@ def parse(spec: str) -> Loss:
 
 def _takes_a_word(recipe: Recipe, argument: str) -> bool:
     parameter = inspect.signature(recipe).parameters.get(argument)
-    return parameter is not None and "str" in str(parameter.annotation).split(" | ")
+    kinds = [] if parameter is None else str(parameter.annotation).split(" | ")
+    return "str" in kinds or "Sequence[str]" in kinds  # which says itself what it wants
 
 
 def _items(text: str) -> list[str]:

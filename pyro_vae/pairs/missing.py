@@ -25,7 +25,6 @@ from pyro_vae.pairs.parts import (
     Architecture,
     Part,
     built,
-    check_seen,
     inputs_for,
     observed,
     sizes,
@@ -107,7 +106,7 @@ def missing(
         latent, hidden, likelihood, prior, posterior, net, activation, site: as in ``vae``. A ready
             ``posterior`` gets the features, and a mechanism needs a likelihood that is
             reparameterized: ``Gaussian``, ``DiagonalGaussian``, ``StudentT``.
-        mask: name of s.
+        mask: name of s, 1 where an entry is observed.
 
     Raises:
         ValueError: as ``vae`` does; an encoder or mechanism of no such name, an entry that no row
@@ -117,7 +116,6 @@ def missing(
     mechanism = None if mechanism is None else _named("mechanism", mechanism, MECHANISMS)
     data = observed(batch, site)
     shape, widths = sizes("missing", latent, hidden)
-    check_seen(batch, site)
     common = {"likelihood": likelihood, "prior": prior, "posterior": posterior}
     model, _ = vae(batch, latent, hidden, net=net, activation=activation, site=site, **common)
     inputs, input_shape = inputs_for(batch, site, model.likelihood)
@@ -135,7 +133,7 @@ def missing(
     def selecting(outputs: Sequence[int]) -> nn.Module:
         return nn.Sequential(inputs, mechanism(input_shape, outputs, widths, activation))
 
-    s = Bernoulli.build(selecting, data.shape[1:], _mask_of(batch, mask, data))
+    s = Bernoulli.build(selecting, data.shape[1:], _mask_of(batch, site, mask, data))
     selection = SelectionModel(model.prior, model.likelihood, s, site=site, mask=mask)
     return selection.to(batch.device), guide
 
@@ -149,7 +147,7 @@ def _named(argument: str, given: Any, known: Mapping[str, Any]) -> Any:
     return found
 
 
-def _mask_of(batch: Batch, mask: str, data: Tensor) -> Tensor:
+def _mask_of(batch: Batch, site: str, mask: str, data: Tensor) -> Tensor:
     if mask not in batch:
         raise ValueError(
             f"missing: came a mechanism, and the batch has no site {mask!r} but {list(batch.sites)}; "
@@ -159,5 +157,11 @@ def _mask_of(batch: Batch, mask: str, data: Tensor) -> Tensor:
     if seen.shape != data.shape:
         raise ValueError(
             f"site {mask!r}: the mask came {list(seen.shape)}, wanted {list(data.shape)}"
+        )
+    wrong = int((seen != batch.look().mask(site).to(seen.dtype)).sum())
+    if wrong:
+        raise ValueError(
+            f"site {mask!r}: contradicts what is missing of {site!r} in {wrong} of {seen.numel()} "
+            f"entries, wanted 1 where {site!r} is observed, else 0; batch.with_mask() makes it"
         )
     return seen.to(torch.get_default_dtype())

@@ -33,7 +33,6 @@ __all__ = [
     "built",
     "built_prior",
     "check_parts",
-    "check_seen",
     "check_support",
     "inputs_for",
     "likelihood_for",
@@ -165,9 +164,17 @@ def check_parts(pair: str, parts: Mapping[str, Any], optional: Collection[str]) 
     for name, part in parts.items():
         if not (callable(part) or (part is None and name in optional)):
             raise ValueError(
-                f"{pair}: came {name}={part!r}, wanted a class or a function that builds it (those of "
-                "pyro_vae.conditionals and pyro_vae.nn)"
+                f"{pair}: came {name}={part!r}, wanted a class or a function: of {_home(name)}"
             )
+
+
+def _home(argument: str) -> str:
+    """Where what an argument takes is found."""
+    homes = {"net": "nn", "norm": "torch.nn", "activation": "torch.nn"}
+    home = homes.get(argument, "conditionals")
+    if argument == "merge":
+        return "pyro_vae.guides, precision_weighted or residual"
+    return home if home.startswith("torch") else f"pyro_vae.{home}"
 
 
 def tupled(numbers: int | Sequence[int]) -> tuple[int, ...]:
@@ -191,7 +198,7 @@ def sizes(
     return shape, widths
 
 
-def check_seen(batch: Batch, site: str) -> None:
+def _check_seen(batch: Batch, site: str) -> None:
     """Refuse entries that no row has: columns by their names, where the batch knows them."""
     never = (~batch.look().mask(site)).all(0).nonzero().tolist()
     if not never:
@@ -218,6 +225,8 @@ def observed(batch: Batch, site: str) -> Tensor:
         data = data.masked_fill(~batch.mask(site), torch.nan)
     if bool(data.isnan().all()):
         raise ValueError(f"site {site!r}: the batch has no observed entry ({batch.size} rows)")
+    if data.dim() == 2:  # of an image no pixel can be left out
+        _check_seen(batch, site)
     return data
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
@@ -42,7 +43,7 @@ from pyro_vae.training.runs import versions
 __all__ = ["Comparison", "compare"]
 
 Build = Callable[..., tuple[Any, Any]]
-Spec = str | Callable[[], Loss]
+Spec = str | Loss | Callable[[], Loss]
 Judge = Callable[[Any, Any, Batch, int], Tensor]
 _BLOCK = 10_000  # rows that are looked at together
 _PROCESS = uuid4().hex
@@ -211,7 +212,7 @@ def compare(
     build: Build,
     train: Batch,
     test: Batch,
-    objectives: Sequence[str] | Mapping[str, Spec],
+    objectives: Sequence[str | Loss] | Mapping[str, Spec],
     seeds: Iterable[int] = (0,),
     *,
     options: Mapping[str, Any] | None = None,
@@ -228,8 +229,8 @@ def compare(
     Args:
         build: ``build(batch, **options) -> (model, guide)``; picklable if ``jobs > 1``.
         objectives: recipes with arguments, ``"iwae:num_particles=10,estimator=dreg"``; the first is
-            what the others are compared with. Or name -> recipe, or name -> a function that makes an
-            objective (anew each time, since what it owns is trained).
+            what the others are compared with. Or objectives, of which every cell trains a copy. Or
+            name -> recipe, objective or function that makes an objective anew.
         num_particles: K of the evaluation.
         judge: a second opinion, ``judge(model, guide, test, seed) -> [M]`` nats of the test rows or
             of the same part of them in every cell; picklable if ``jobs > 1``.
@@ -248,7 +249,7 @@ def compare(
     if refused not in ("raise", "record"):
         raise ValueError(f"compare: came refused={refused!r}, wanted 'raise' or 'record'")
     if not isinstance(objectives, Mapping):
-        objectives = {spec: spec for spec in objectives}
+        objectives = {spec if isinstance(spec, str) else repr(spec): spec for spec in objectives}
     if refused == "raise":
         for spec in objectives.values():
             _made(spec)
@@ -362,7 +363,9 @@ def _run(cell: _Cell, train: Batch, test: Batch) -> _Done:
 
 
 def _made(spec: Spec) -> Loss:
-    return parse(spec) if isinstance(spec, str) else spec()
+    if isinstance(spec, str):
+        return parse(spec)
+    return copy.deepcopy(spec) if isinstance(spec, Loss) else spec()
 
 
 def _path(folder: Path, cell: _Cell, data: Any) -> Path:
