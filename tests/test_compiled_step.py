@@ -577,7 +577,7 @@ def test_a_cuda_graph_takes_the_steps_of_the_programs(pair: str):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("second", [1e-9, 0.5])
+@pytest.mark.parametrize("second", [1e-16, 0.5])
 def test_a_step_of_either_sign_where_a_gradient_is_0_but_for_rounding(second: float):
     """Adam takes one there, as for a bias in front of BatchNorm."""
 
@@ -591,5 +591,5 @@ def test_a_step_of_either_sign_where_a_gradient_is_0_but_for_rounding(second: fl
     if second < 0.1:
         trial(1.0).agrees(trial(-1.0), strictly=True)
     else:
-        with pytest.raises(Refused, match="changes the parameters otherwise: by 0.02"):
+        with pytest.raises(Refused, match="changes the parameters otherwise"):
             trial(1.0).agrees(trial(-1.0), strictly=True)
