@@ -33,7 +33,7 @@ from pyro_vae.objectives.rates import FreeBits
 from pyro_vae.reporting import plots
 from pyro_vae.reporting.style import COLOURS, GREY, Picture, new, save, styled
 
-BETAS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+BETAS = (0.125, 0.25, 0.5, 0.7, 1.0, 1.4, 2.0)
 FLOORS = (2.0, 5.0, 10.0, 20.0)  # nats of all latents together
 QUANTITIES = ("rate", "distortion", "elbo", "log_p")
 OPTIONS: dict[str, Any] = {"latent": 8, "hidden": (64, 64)}
