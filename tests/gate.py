@@ -1427,7 +1427,11 @@ def planted() -> list[Planted]:
         Planted(
             "MIWAE: weights in the order of the strata",
             cell(ONE_LAYER, "miwae(2)", pathwise),
-            (Miwae._mean_of, "terms.transpose(0, 1)", "terms"),
+            (
+                Miwae._mean_of,
+                ".reshape(log_w.shape)",
+                ".unflatten(1, (self.groups, -1)).transpose(0, 1).reshape(log_w.shape)",
+            ),
         ),
         Planted(
             "TVO: weights of a mean whose shares stay",

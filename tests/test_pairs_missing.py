@@ -212,7 +212,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a mask with holes": (
         lambda: (kept := rows()).hide("s", kept["s"] == 0),
         {"mechanism": "linear"},
-        "site 's': contradicts what is missing",
+        "site 's': has missing entries itself, wanted 0 or 1 in all",
     ),
     "never observed": (never, {}, r"site 'x': none of 5 rows has \[1\], wanted"),
     "widths": (rows, {"hidden": (0,)}, r"hidden=\(0,\), wanted whole numbers above 0"),

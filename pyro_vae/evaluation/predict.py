@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -294,11 +295,27 @@ def _draw(
     return drawn, generate(model, rows, values, nesting, size)
 
 
+class _Watched(Batch):
+    """Knows which sites programs asked for: covariates are read and are no sites of theirs."""
+
+    read: set[str]
+
+    def __getitem__(self, site: str) -> Tensor:
+        self.read.add(site)
+        return super().__getitem__(site)
+
+    def __contains__(self, site: object) -> bool:
+        self.read.add(str(site))
+        return super().__contains__(site)
+
+
 def _check_given(model: Program, guide: Program, data: Batch | Tensor) -> None:
     if not isinstance(data, Batch) or not data.sites:
         return
-    drawn, sites = _draw(model, guide, take(data, slice(0, 2)))
-    if not any(site in sites or site in drawn for site in data):
+    rows: Any = copy.copy(take(data, slice(0, 2)))
+    rows.__class__, rows.read = _Watched, set()
+    _, sites = _draw(model, guide, rows)
+    if not rows.read & set(data):
         raise ValueError(f"sample: given came with sites {list(data)}, the model has {list(sites)}")
     check_data(supports(sites, data), data.look())
 

@@ -25,6 +25,7 @@ from pyro_vae.pairs.parts import (
     Architecture,
     Part,
     built,
+    check_seen,
     inputs_for,
     observed,
     sizes,
@@ -115,6 +116,7 @@ def missing(
     made = _named("encoder", encoder, ENCODERS)
     mechanism = None if mechanism is None else _named("mechanism", mechanism, MECHANISMS)
     data = observed(batch, site)
+    check_seen(batch, site)
     shape, widths = sizes("missing", latent, hidden)
     common = {"likelihood": likelihood, "prior": prior, "posterior": posterior}
     model, _ = vae(batch, latent, hidden, net=net, activation=activation, site=site, **common)
@@ -158,10 +160,12 @@ def _mask_of(batch: Batch, site: str, mask: str, data: Tensor) -> Tensor:
         raise ValueError(
             f"site {mask!r}: the mask came {list(seen.shape)}, wanted {list(data.shape)}"
         )
-    wrong = int((seen != batch.look().mask(site).to(seen.dtype)).sum())
-    if wrong:
+    if mask in batch.incomplete:
+        raise ValueError(f"site {mask!r}: has missing entries itself, wanted 0 or 1 in all")
+    against = int((seen != batch.look().mask(site).to(seen.dtype)).sum())
+    if 2 * against > seen.numel():  # fewer may be hidden later on, to see how they are filled
         raise ValueError(
-            f"site {mask!r}: contradicts what is missing of {site!r} in {wrong} of {seen.numel()} "
+            f"site {mask!r}: contradicts what is missing of {site!r} in {against} of {seen.numel()} "
             f"entries, wanted 1 where {site!r} is observed, else 0; batch.with_mask() makes it"
         )
     return seen.to(torch.get_default_dtype())

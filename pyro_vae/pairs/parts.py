@@ -33,6 +33,7 @@ __all__ = [
     "built",
     "built_prior",
     "check_parts",
+    "check_seen",
     "check_support",
     "inputs_for",
     "likelihood_for",
@@ -198,7 +199,7 @@ def sizes(
     return shape, widths
 
 
-def _check_seen(batch: Batch, site: str) -> None:
+def check_seen(batch: Batch, site: str) -> None:
     """Refuse entries that no row has: columns by their names, where the batch knows them."""
     never = (~batch.look().mask(site)).all(0).nonzero().tolist()
     if not never:
@@ -225,8 +226,6 @@ def observed(batch: Batch, site: str) -> Tensor:
         data = data.masked_fill(~batch.mask(site), torch.nan)
     if bool(data.isnan().all()):
         raise ValueError(f"site {site!r}: the batch has no observed entry ({batch.size} rows)")
-    if data.dim() == 2:  # of an image no pixel can be left out
-        _check_seen(batch, site)
     return data
 
 

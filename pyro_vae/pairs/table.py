@@ -24,6 +24,7 @@ from pyro_vae.pairs.parts import (
     built,
     built_prior,
     check_parts,
+    check_seen,
     check_support,
     inputs_for,
     likelihood_for,
@@ -88,6 +89,7 @@ def table(
     likelihoods, features = {}, {}
     for site in batch:
         data = observed(batch, site)
+        check_seen(batch, site)
         if site in ordinal:
             kind: Part = partial(Ordinal.build, classes=_classes(batch, site))
         elif site in kinds:
