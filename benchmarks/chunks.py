@@ -1,7 +1,8 @@
 """Does the memory of a training step grow with the number of particles?
 
 Peak resident memory and time of steps of the importance weighted bound in a fresh process each: all K
-particles at once, and in chunks that backward runs again. 784-400-20 with a Bernoulli likelihood.
+particles at once, and in chunks that backward runs again. 784-400-20 with a Bernoulli likelihood. Blocks
+above 64 KiB are mapped one by one, or glibc keeps some of what was freed, about 1 MiB a chunk.
 
     python -m benchmarks.chunks
 """
@@ -9,6 +10,7 @@ particles at once, and in chunks that backward runs again. 784-400-20 with a Ber
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -28,6 +30,7 @@ from pyro_vae.objectives import iwae
 
 KS = {None: (10, 100, 1000), 10: (10, 100, 1000)}  # by chunk
 STEPS = 3
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 
 def child(k: int, chunk: int | None, size: int) -> None:
@@ -50,7 +53,9 @@ def child(k: int, chunk: int | None, size: int) -> None:
 def measured(k: int, chunk: int | None, size: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.chunks", "--rows", str(size), "--child", str(k)]
     command += ["--chunk", str(chunk)] if chunk else []
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | MAPPED
+    )
     before, peak, seconds = map(float, done.stdout.split())
     about = {"K": k, "chunk": chunk, "before_mib": before, "peak_mib": peak}
     return {**about, "seconds_per_step": seconds}
