@@ -94,9 +94,8 @@ class Trial:
         names = ("parameters", "optimizer's state", "buffers")
         for name, mine, other in zip(names, self.changes, graph.changes, strict=True):
             apart, whole = [a - b for a, b in zip(mine, other, strict=True)], _norm(mine)
-            if (
-                name == "parameters"
-            ):  # where a gradient is 0 but for rounding, Adam's step has either sign
+            if name == "parameters":
+                # where a gradient is 0 but for rounding, Adam's step has either sign
                 for i, gradient in self.gradients.items():
                     apart[i] = torch.where(gradient.abs() > exact * total, apart[i], 0.0)
             error = _norm(apart)

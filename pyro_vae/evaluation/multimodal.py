@@ -58,27 +58,24 @@ class Subsets:
         if both := sorted({*of} & {*given}):
             raise ValueError(f"conditional: came {both} on both sides, wanted each site once")
         whole, part = self.joint(*of, *given), self.joint(*given)
-        rows = self._rows((*of, *given))
+        rows = _having(self.seen, (*of, *given))
         if not bool(rows.any()):
             raise ValueError(f"conditional: none of {len(rows)} rows has {[*of, *given]} together")
         return Difference(*mean_and_error((whole.log_p - part.log_p)[rows]))
-
-    def _rows(self, sites: Sequence[str]) -> Tensor:
-        return torch.stack([self.seen[site] for site in sites]).all(0)
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers, mean and standard error: ``x,y`` joint, ``y|x`` conditional; over the rows that
         have all these sites, and how many those are."""
         out: dict[str, Any] = {}
         for names, found in self.of.items():
-            rows = self._rows(names)
+            rows = _having(self.seen, names)
             if bool(rows.any()):
                 mean, error = mean_and_error(found.log_p[rows])
                 out[",".join(names)] = {"log_p": mean, "log_p_se": error, "rows": int(rows.sum())}
         for of, given in self._splits():
             gain = self.conditional(of, given)
             name = f"{','.join(of)}|{','.join(given)}"
-            number = int(self._rows((*of, *given)).sum())
+            number = int(_having(self.seen, (*of, *given)).sum())
             out[name] = {"log_p": gain.mean, "log_p_se": gain.error, "rows": number}
         return out
 
@@ -88,7 +85,7 @@ class Subsets:
             (tuple(site for site in whole if site not in given), given)
             for whole in self.of
             for given in self.of
-            if set(given) < set(whole) and bool(self._rows(whole).any())
+            if set(given) < set(whole) and bool(_having(self.seen, whole).any())
         ]
 
     def __str__(self) -> str:
@@ -128,7 +125,7 @@ def subsets(
         for chosen in combinations(names, size):
             rows = data.without([site for site in data if site not in chosen])
             found[chosen] = evaluate(model, guide, rows, num_particles, **options)
-    return Subsets(found, {site: data.seen(site).cpu() for site in names})
+    return Subsets(found, _seen(data, names))
 
 
 @dataclass(frozen=True)
@@ -192,10 +189,10 @@ def coherence(
 
     fresh = shown(sample(model, len(data), sites=names, **options))
     alike = torch.stack([classes == fresh[0] for classes in fresh]).all(0)
-    found = [Coherence((), "", *_share(alike))]
+    found, seen = [Coherence((), "", *_share(alike))], _seen(data, names)
     for size in range(1, len(names)):
         for given in combinations(names, size):
-            whole = torch.stack([data.seen(site) for site in given]).all(0).nonzero().squeeze(1)
+            whole = _having(seen, given).nonzero().squeeze(1)
             if not len(whole):
                 continue
             rows = data.rows(whole).without([site for site in data if site not in given])
@@ -214,6 +211,15 @@ def _sites(what: str, data: Batch, sites: Sequence[str] | None) -> Sites:
     if unknown := sorted(asked - set(data)):
         raise ValueError(f"{what}: came sites {unknown}, the data have {list(data)}")
     return tuple(site for site in data if site in asked)
+
+
+def _seen(data: Batch, sites: Sites) -> dict[str, Tensor]:
+    return {site: data.seen(site).cpu() for site in sites}
+
+
+def _having(seen: Mapping[str, Tensor], sites: Sequence[str]) -> Tensor:
+    """Bool ``[N]``, the rows that have all of some sites."""
+    return torch.stack([seen[site] for site in sites]).all(0)
 
 
 def _share(hits: Tensor) -> tuple[float, float]:

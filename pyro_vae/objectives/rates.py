@@ -96,8 +96,7 @@ class Beta(Rate):
     def __init__(
         self, beta: float | Schedule | Mapping[str, float | Schedule], rate: Rate | None = None
     ) -> None:
-        for number in beta.values() if isinstance(beta, Mapping) else [beta]:
-            _not_negative("Beta", beta=number)
+        _not_negative("Beta", beta=beta)
         self.beta = dict(beta) if isinstance(beta, Mapping) else beta
         self.rate = rate or MonteCarlo()
         self.analytic, self.coupled = self.rate.analytic, self.rate.coupled
@@ -159,8 +158,7 @@ class FreeBits(Rate):
         over: str = "batch",
         rate: Rate | None = None,
     ) -> None:
-        for number in nats.values() if isinstance(nats, Mapping) else [nats]:
-            _not_negative("FreeBits", nats=number)
+        _not_negative("FreeBits", nats=nats)
         if isinstance(nats, Mapping) and not isinstance(per, str):
             raise ValueError(
                 "FreeBits: came floors by site and groups of sites, wanted one of them; nats= is the "
@@ -358,10 +356,13 @@ def _sum_rest(term: Tensor, keep: int) -> Tensor:
     return term.flatten(keep).sum(keep) if term.dim() > keep else term
 
 
-def _not_negative(part: str, **numbers: float | Schedule) -> None:
-    for name, number in numbers.items():
-        if not callable(number) and not number >= 0:
-            raise ValueError(f"{part}: came {name}={number}, wanted a number >= 0 or a schedule")
+def _not_negative(part: str, **given: float | Schedule | Mapping[str, float | Schedule]) -> None:
+    for name, came in given.items():
+        for number in came.values() if isinstance(came, Mapping) else [came]:
+            if not callable(number) and not number >= 0:
+                raise ValueError(
+                    f"{part}: came {name}={number}, wanted a number >= 0 or a schedule"
+                )
 
 
 def _check_known(part: str, sites: Iterable[str], particles: Particles) -> None:

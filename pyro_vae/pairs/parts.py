@@ -44,6 +44,12 @@ __all__ = [
 ]
 
 FEW_CLASSES = 16
+HOMES = {  # of what an argument takes, where it is no conditional
+    "net": "pyro_vae.nn",
+    "norm": "torch.nn",
+    "activation": "torch.nn",
+    "merge": "pyro_vae.guides, precision_weighted or residual",
+}
 PRIORS: dict[type, Callable[..., nn.Module]] = {  # of a posterior, where it is not StandardNormal
     Bernoulli: UniformBernoulli,
     OneHotCategorical: UniformOneHot,
@@ -165,17 +171,9 @@ def check_parts(pair: str, parts: Mapping[str, Any], optional: Collection[str]) 
     for name, part in parts.items():
         if not (callable(part) or (part is None and name in optional)):
             raise ValueError(
-                f"{pair}: came {name}={part!r}, wanted a class or a function: of {_home(name)}"
+                f"{pair}: came {name}={part!r}, wanted a class or a function: of "
+                f"{HOMES.get(name, 'pyro_vae.conditionals')}"
             )
-
-
-def _home(argument: str) -> str:
-    """Where what an argument takes is found."""
-    homes = {"net": "nn", "norm": "torch.nn", "activation": "torch.nn"}
-    home = homes.get(argument, "conditionals")
-    if argument == "merge":
-        return "pyro_vae.guides, precision_weighted or residual"
-    return home if home.startswith("torch") else f"pyro_vae.{home}"
 
 
 def tupled(numbers: int | Sequence[int]) -> tuple[int, ...]:
