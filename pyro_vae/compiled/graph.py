@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_vae.compiled.attributes import Attributes
 from pyro_vae.compiled.products import by_onednn, onednn_is_faster
 from pyro_vae.objectives.swap import preserved
+from pyro_vae.operators import fused
 
 __all__ = ["Graph", "put_back", "record", "told"]
 
@@ -101,7 +102,9 @@ class Graph:
                 "ignore", ".*is deprecated", DeprecationWarning
             )  # torch of itself
             given: list[Any] = [tensor.detach() for tensor in (*inputs, *self.held)]
-            module = by_onednn(self.module) if onednn_is_faster() else self.module
+            module = fused(self.module, given)
+            if onednn_is_faster():
+                module = by_onednn(module)
             for node, tensor in zip(module.graph.find_nodes(op="placeholder"), given, strict=True):
                 node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
             lowered: Any = inductor.compile(module, given, options=options)

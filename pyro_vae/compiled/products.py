@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from pyro_vae.operators import operator
+
 __all__ = ["LARGE", "by_onednn", "onednn_is_faster", "product"]
 
 LARGE = 5e6  # floating-point operations; below, a call of oneDNN takes longer than the product
@@ -20,26 +22,18 @@ PRODUCTS: dict[Any, slice] = {  # and where its matrices are among its arguments
 
 @functools.cache
 def product() -> Any:
-    """The operator ``(a, b, bias) -> a b + bias``, registered when it is first asked for: an import
-    would take 14 ms longer."""
-    library = torch.library.Library("pyro_vae", "DEF")
-    library.define("product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
-    library.impl("product", _product, "CPU")
-    torch.library.register_fake("pyro_vae::product", _shape)
-    _alive.append(library)
-    return torch.ops.pyro_vae.product.default
-
-
-_alive: list[Any] = []  # an operator goes with its library
+    """The operator ``(a, b, bias) -> a b + bias``."""
+    return operator(
+        "product(Tensor a, Tensor b, Tensor? bias) -> Tensor",
+        _product,
+        None,
+        lambda a, b, bias: a.new_empty(a.shape[0], b.shape[1]),
+    )
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """a [M, L] times b [L, N], any strides, plus bias [N]."""
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")  # type: ignore[no-any-return]
-
-
-def _shape(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[1])
 
 
 @functools.cache

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pyro_vae.objectives.penalties.latent import Latent, Penalty, chosen
 from pyro_vae.objectives.schedules import Schedule
@@ -16,15 +18,22 @@ __all__ = ["MMD", "Sinkhorn", "SlicedWasserstein"]
 Kernel = Callable[[Tensor], Tensor]
 
 
-def _rbf(square: Tensor, scale: float) -> Tensor:
-    return (square * (-1 / scale)).exp_()
+def _rbf(square: Tensor, scale: float, slope: Tensor | None) -> Tensor:
+    value = (square * (-1 / scale)).exp_()
+    if slope is not None:
+        slope.sub_(value, alpha=1 / scale)
+    return value
 
 
-def _imq(square: Tensor, scale: float) -> Tensor:
-    return torch.add(square.new_ones(()), square, alpha=1 / scale).reciprocal_()
+def _imq(square: Tensor, scale: float, slope: Tensor | None) -> Tensor:
+    value = torch.add(square.new_ones(()), square, alpha=1 / scale).reciprocal_()
+    if slope is not None:
+        slope.addcmul_(value, value, value=-1 / scale)
+    return value
 
 
-KERNELS: dict[str, Callable[[Tensor, float], Tensor]] = {"rbf": _rbf, "imq": _imq}
+# k(r / s), whose derivative by r is added to a slope
+KERNELS: dict[str, Callable[[Tensor, float, Tensor | None], Tensor]] = {"rbf": _rbf, "imq": _imq}
 SCALES = {"imq": (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)}  # of the WAE's code
 ESTIMATES = ("unbiased", "biased", "linear")
 
@@ -67,31 +76,50 @@ class MMD(Penalty):
         self.scales = (scales,) if isinstance(scales, int | float) else tuple(scales)
         if not self.scales or min(self.scales) <= 0:
             raise ValueError(f"MMD: came scales={scales}, wanted positive numbers")
-        self.kernel = (
-            KERNELS[kernel] if isinstance(kernel, str) else lambda square, s: kernel(square / s)
-        )
+        self.kernel = kernel
         self.how = estimate
 
     def estimate(self, latent: Latent) -> Tensor:
-        z, y = latent.draws, latent.from_prior()
-        rows, unit = z.shape[1], 2.0 * z.shape[2]
+        z, y = (t / math.sqrt(2.0 * t.shape[2]) for t in (latent.draws, latent.from_prior()))
+        rows = z.shape[1]
         if rows < 2 and self.how != "biased":
             raise ValueError(f"MMD: came {rows} row, wanted two at least")
         if self.how == "linear":
             even = rows - rows % 2
             (z1, z2), (y1, y2) = ((t[:, 0:even:2], t[:, 1:even:2]) for t in (z, y))
             pairs = ((z1, z2, 1), (y1, y2, 1), (z1, y2, -1), (z2, y1, -1))
-            terms = [s * self._mean((a - b).square().sum(-1) / unit) for a, b, s in pairs]
+            terms = [s * self._mean((a - b).square().sum(-1)) for a, b, s in pairs]
             return torch.stack(terms).sum()
         alone = self.how == "unbiased"
-        within = self._mean(_squares(z, z) / unit, alone) + self._mean(_squares(y, y) / unit, alone)
-        return within - 2 * self._mean(_squares(z, y) / unit)
+        within = self._mean(_Squares.apply(z, z), alone) + self._mean(_Squares.apply(y, y), alone)
+        return within - 2 * self._mean(_Squares.apply(z, y))
 
     def _mean(self, square: Tensor, others: bool = False) -> Tensor:
         """Of k over all pairs, or over those of one draw and another."""
         square = _off_diagonal(square) if others else square
-        sums = [self.kernel(square, scale).sum() for scale in self.scales]
-        return torch.stack(sums).sum() / (square.numel() * len(sums))
+        if callable(kernel := self.kernel):
+            total = torch.stack([kernel(square / scale).sum() for scale in self.scales]).sum()
+        else:
+            total = _Sum.apply(square, kernel, self.scales)
+        return total / (square.numel() * len(self.scales))
+
+
+class _Sum(torch.autograd.Function):
+    """Of a known kernel over all pairs and scales. Its gradient is taken on the way, so that one table
+    is kept and not one for every scale."""
+
+    @staticmethod
+    def forward(ctx: Any, square: Tensor, kernel: str, scales: Sequence[float]) -> Tensor:
+        slope = torch.zeros_like(square) if ctx.needs_input_grad[0] else None
+        sums = [KERNELS[kernel](square, scale, slope).sum() for scale in scales]
+        ctx.save_for_backward(slope)
+        return torch.stack(sums).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_sum: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return of_sum * slope, None, None
 
 
 class SlicedWasserstein(Penalty):
@@ -167,7 +195,7 @@ class Sinkhorn(Penalty):
 
     def _transport(self, x: Tensor, y: Tensor) -> Tensor:
         epsilon = self.epsilon * 2.0 * x.shape[2]
-        cost = _squares(x, y) / epsilon
+        cost = _Squares.apply(x, y) / epsilon
         with torch.no_grad():
             potential, symmetric = torch.zeros_like(y[..., 0]), x is y
             for _ in range(self.iterations):
@@ -181,10 +209,24 @@ def _soft_minimum(cost: Tensor, potential: Tensor) -> Tensor:
     return math.log(cost.shape[-1]) - (potential[..., None, :] - cost).logsumexp(-1)
 
 
-def _squares(x: Tensor, y: Tensor) -> Tensor:
-    """Squared distances ``[K, n, m]``."""
-    lengths = x.square().sum(-1)[..., None] + y.square().sum(-1)[..., None, :]
-    return torch.baddbmm(lengths, x, y.mT, alpha=-2).clamp(min=0)
+class _Squares(torch.autograd.Function):
+    """Squared distances ``[K, n, m]``. They are positive but for rounding, which has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        lengths = x.square().sum(-1)[..., None] + y.square().sum(-1)[..., None, :]
+        return lengths.baddbmm_(x, y.mT, alpha=-2).clamp_(min=0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, y = ctx.saved_tensors
+        of_x, of_y = ctx.needs_input_grad
+        return (
+            2 * (g.sum(-1, True) * x - g @ y) if of_x else None,
+            2 * (g.sum(-2)[..., None] * y - g.mT @ x) if of_y else None,
+        )
 
 
 def _off_diagonal(table: Tensor) -> Tensor:
