@@ -95,6 +95,7 @@ def guides(sites: Sequence[str]) -> dict[str, tuple[dict[str, Any], Any]]:
     return {
         "poe": ({"guide": "product"}, objectives.mvae(sites)),
         "moe": ({"guide": "mixture"}, pv.elbo(n)),
+        "mmvae+": ({"guide": "mixture", "partitioned": True}, pv.elbo(n)),
         "mopoe": ({"guide": "mixture_of_products"}, pv.elbo(2**n - 1)),
         "mvtcae": (
             {"guide": "product", "prior_expert": False},

@@ -27,7 +27,9 @@ class ExpertsGuide(PyroModule):
 
     * one subset of all sites: a product of experts (MVAE, Wu and Goodman 2018, arXiv:1802.05335);
     * every site by itself: a mixture of experts (MMVAE, Shi et al. 2019, arXiv:1911.03393);
-    * all subsets: a mixture of products (MoPoE, Sutter et al. 2021, arXiv:2105.02470).
+    * all subsets: a mixture of products (MoPoE, Sutter et al. 2021, arXiv:2105.02470);
+    * every site by itself, and each of some dimensions only: MMVAE+ (Palumbo et al. 2023), with the
+      model's prior for the dimensions of other sites, so that its bound is one.
 
     Row by row, a subset stands for those of its sites that the row has, and one of which it has none
     does not count. A site counts where any entry of it is observed; missing ones read as the batch's
@@ -46,11 +48,13 @@ class ExpertsGuide(PyroModule):
             dimension and add up to 1 over what counts (Cao and Fleet 2014, arXiv:1410.7827).
         private: site -> expert and prior of its private latent ``w_site`` (DMVAE, Lee and Pavlovic
             2021, arXiv:2012.13024), the prior being the model's own: without the site it is drawn.
+        dims: site -> dimensions of z ``[D]`` that its expert is of, and returns (default: all). A
+            dimension that no expert of a subset is of follows the prior there.
         latent: name of z.
 
     Raises:
-        ValueError: subsets or private latents of sites that have no expert, an empty subset; at a
-            call, an expert that is no such Gaussian.
+        ValueError: subsets, private latents or dimensions of sites that have no expert, an empty
+            subset; at a call, an expert that is no such Gaussian or of another number of dimensions.
     """
 
     members: Tensor
@@ -64,21 +68,26 @@ class ExpertsGuide(PyroModule):
         prior_expert: bool = False,
         weighted: bool = False,
         private: Mapping[str, tuple[nn.Module, nn.Module]] | None = None,
+        dims: Mapping[str, Sequence[int]] | None = None,
         latent: str = "z",
     ) -> None:
         super().__init__()
         subsets, private = [list(experts)] if subsets is None else subsets, private or {}
-        unknown = {site for subset in [*subsets, private] for site in subset} - set(experts)
+        dims = dims or {}
+        unknown = {site for subset in [*subsets, private, dims] for site in subset} - set(experts)
         if unknown or not experts or not subsets or not all(subsets):
             raise ValueError(
                 f"{type(self).__name__}: came subsets {[list(s) for s in subsets]} and private latents "
-                f"of {list(private)}, wanted sites among the experts {list(experts)}"
+                f"of {list(private)}, dimensions of {list(dims)}, wanted sites among the experts "
+                f"{list(experts)}"
             )
         self.experts, self.prior = nn.ModuleDict(experts), prior
         self.private = nn.ModuleDict({site: nn.ModuleList(pair) for site, pair in private.items()})
         self.prior_expert, self.latent = prior_expert, latent
         rows = [[site in subset for site in experts] for subset in subsets]
         self.register_buffer("members", torch.tensor(rows), persistent=False)
+        for site, of in dims.items():
+            self.register_buffer(f"dims_{site}", torch.tensor(of), persistent=False)
         self.powers: nn.Parameter | None = None
         if weighted:
             event = prior().event_shape
@@ -102,10 +111,15 @@ class ExpertsGuide(PyroModule):
         """q(z | x_A) for the rows of the batch, and the experts that it is made of."""
         held = [site for site in self.experts if site in batch]
         places = [i for i, site in enumerate(self.experts) if site in batch]
-        known = [(site, self.experts[site](batch[site]), batch.seen(site)) for site in held]
+        prior = self.prior()
+        dims = [getattr(self, f"dims_{site}", None) for site in held]
+        known = [
+            (site, _placed(site, self.experts[site](batch[site]), prior, of), batch.seen(site))
+            for site, of in zip(held, dims, strict=True)
+        ]
         powers = None if self.powers is None else self.powers[[*places, -1]]
         fn = _products(
-            known, self.prior(), self.members[:, places], self.prior_expert, powers, batch.size
+            known, prior, self.members[:, places], self.prior_expert, powers, batch.size, dims
         )
         return fn, {site: (expert, counts) for site, expert, counts in known}
 
@@ -158,8 +172,9 @@ def _products(
     prior_expert: bool = False,
     powers: Tensor | None = None,
     size: int | None = None,
+    dims: Sequence[Tensor | None] = (),
 ) -> Any:
-    """The mixture over subsets ``members [S, M]`` of products of M experts."""
+    """The mixture over subsets ``members [S, M]`` of products of M experts, each of its ``dims``."""
     loc, scale = _normal("prior", prior)
     size = len(known[0][2]) if size is None else size
     parts = [_normal(site, fn) for site, fn, _ in known]
@@ -169,8 +184,11 @@ def _products(
     has = torch.stack(counts, -1) if counts else locs.new_zeros((size, 0), dtype=torch.bool)
     has = has.unsqueeze(1) if members is None else has.unsqueeze(1) & members  # [B, S, M]
     empty = ~has.any(-1)
-    factors = torch.cat([has, (empty | prior_expert).unsqueeze(-1)], -1)
-    exponents = factors[(...,) + (None,) * loc.dim()].to(locs.dtype)
+    factors = has[(...,) + (None,) * loc.dim()]  # [B, S, M, *D]
+    if dims:
+        factors = factors & torch.stack([_is_of(each, loc) for each in dims])
+    alone = ~factors.any(2, keepdim=True) | prior_expert
+    exponents = torch.cat([factors, alone], 2).to(locs.dtype)
     if powers is not None:
         exponents = exponents * powers.exp()
         exponents = exponents / exponents.sum(2, keepdim=True)
@@ -181,6 +199,29 @@ def _products(
         return dist.Normal(mean[:, 0], spread[:, 0]).to_event(loc.dim())
     allowed = ~empty | empty.all(-1, keepdim=True)
     return StratifiedMixture(dist.Normal(mean, spread).to_event(loc.dim()), allowed)
+
+
+def _is_of(dims: Tensor | None, loc: Tensor) -> Tensor:
+    """Bool, of the shape of a draw."""
+    out = torch.ones_like(loc, dtype=torch.bool)
+    return out if dims is None else (~out).index_fill(0, dims, True)
+
+
+def _placed(site: str, fn: Any, prior: Any, dims: Tensor | None) -> Any:
+    """An expert of some dimensions as one of all, the prior in the others."""
+    if dims is None:
+        return fn
+    came, wanted = _normal(site, fn), _normal("prior", prior)
+    if (size := came[0].shape[-1]) != len(dims) or wanted[0].dim() != 1:
+        raise ValueError(
+            f"expert of {site!r}: came {size} dimensions, wanted its {len(dims)} of z "
+            f"{list(wanted[0].shape)}"
+        )
+    loc, scale = (
+        whole.expand(*part.shape[:-1], -1).index_copy(-1, dims, part)
+        for whole, part in zip(wanted, came, strict=True)
+    )
+    return dist.Normal(loc, scale).to_event(1)
 
 
 def _normal(name: str, fn: Any) -> tuple[Tensor, Tensor]:

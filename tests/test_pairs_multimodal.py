@@ -91,11 +91,15 @@ def test_a_mixture_of_products_has_every_subset():
     assert members.any(1).all()
 
 
-@pytest.mark.parametrize("private", [0, {"image": 3}], ids=["shared", "private"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"private": {"image": 3}}, {"private": {"image": 3}, "partitioned": True}],
+    ids=["shared", "private", "partitioned"],
+)
 @pytest.mark.parametrize("guide", GUIDES)
-def test_every_parameter_is_trained(guide: str, private: Any):
+def test_every_parameter_is_trained(guide: str, options: dict[str, Any]):
     batch = data()
-    model, q = small(batch, guide=guide, private=private)
+    model, q = small(batch, guide=guide, **options)
     assert check(model, q, batch).ok
     objectives = [jmvae()] if guide == "joint" else [elbo(4), iwae(7, "dreg")]
     for objective in objectives:
@@ -120,6 +124,45 @@ def test_private_latents_have_their_dimensions():
     assert list(small(batch, private=1)[1].private) == list(KINDS)
 
 
+def test_partitioned_latents_are_dimensions_of_their_site_alone():
+    """What a site's likelihood reads and what its expert is of; the rest of a component is the prior."""
+    batch = data()
+    model, guide = small(batch, guide="mixture", private={"image": 3, "label": 1}, partitioned=True)
+    z = torch.randn(24, 6).requires_grad_()
+    reads = {"x": [0, 1], "image": [0, 1, 2, 3, 4], "label": [0, 1, 5]}
+    for site, likelihood in model.likelihoods.items():
+        log_p = likelihood(z).log_prob(batch[site]).sum()
+        found = torch.autograd.grad(log_p, z)[0].abs().sum(0)
+        assert found.nonzero().squeeze(1).tolist() == reads[site]
+    fn, _ = guide.posterior(batch)
+    of = fn.components.base_dist
+    for m, (site, expert) in enumerate(guide.experts.items()):
+        here, own = batch.seen(site), expert(batch[site]).base_dist
+        dims = reads[site]
+        assert_same(of.loc[here, m][:, dims], own.loc[here])
+        assert_same(of.scale[here, m][:, dims], own.scale[here])
+        rest = [d for d in range(6) if d not in dims]
+        assert (of.loc[:, m][:, rest] == 0).all()
+        assert (of.scale[:, m][:, rest] == 1).all()
+    samples = table(model, guide, batch, number=3).samples
+    assert {name: tuple(value.shape) for name, value in samples.items()} == {"z": (3, 24, 6)}
+
+
+def test_partitioned_products_are_those_of_private_latents():
+    """Dimensions of one expert alone, beside the shared ones: the same posterior under two names."""
+    batch = data()
+    options: dict[str, Any] = {"guide": "product", "private": {"image": 3}}
+    _, guide = small(batch, **options, partitioned=True)
+    fn, _ = guide.posterior(batch)
+    own = guide.experts["image"](batch["image"]).base_dist
+    here = batch.seen("image")
+    precision = own.scale[here][:, 2:] ** -2
+    assert_same(fn.base_dist.scale[here][:, 2:], (1 + precision).rsqrt())
+    assert_same(fn.base_dist.loc[here][:, 2:], own.loc[here][:, 2:] * precision / (1 + precision))
+    assert (fn.base_dist.loc[~here][:, 2:] == 0).all()
+    assert (fn.base_dist.scale[~here][:, 2:] == 1).all()
+
+
 LEGAL = {
     "product": mvae(("x", "label")),
     "mixture": iwae(6, "dreg"),
@@ -128,10 +171,11 @@ LEGAL = {
 }
 
 
+@pytest.mark.parametrize("partitioned", [False, True])
 @pytest.mark.parametrize("guide", GUIDES)
-def test_traced_is_eager(guide: str):
+def test_traced_is_eager(guide: str, partitioned: bool):
     batch = data()
-    pair = small(batch, guide=guide, private={"x": 1})
+    pair = small(batch, guide=guide, private={"x": 1}, partitioned=partitioned)
     histories = []
     for level in ("eager", "traced"):
         run = fit(
@@ -170,9 +214,10 @@ def test_is_judged_and_used(guide: str):
     [
         {"guide": "joint"},
         {"guide": "mixture", "private": {"x": 2}, "sites": ["x", "image"]},
+        {"guide": "mixture", "private": 2, "partitioned": True},
         {"likelihood": {"x": StudentT}, "weighted": True, "net": convolutional},
     ],
-    ids=["joint", "private", "parts"],
+    ids=["joint", "private", "partitioned", "parts"],
 )
 def test_is_built_again_by_what_it_says(options: dict[str, Any]):
     batch = data()
@@ -231,6 +276,7 @@ def test_it_learns_what_sites_share():
         ({"latent": 0}, r"latent=0.*whole numbers above 0"),
         ({"hidden": (8, -1)}, r"hidden=\(8, -1\)"),
         ({"private": {"sound": 2}}, r"sites \['sound'\], the pair's are"),
+        ({"partitioned": True}, r"partitioned=True without private latents"),
         ({"private": -1}, r"private=.*whole numbers"),
         ({"likelihood": {"sound": Gaussian}}, r"sites \['sound'\], the pair's are"),
         ({"likelihood": {"x": "normal"}}, r"came x='normal'"),

@@ -1,7 +1,7 @@
 """Networks in plain torch that take any leading dimensions."""
 
 from pyro_vae.nn.affine import Affine, OneHot
-from pyro_vae.nn.concatenated import Concatenated
+from pyro_vae.nn.concatenated import Concatenated, Selected
 from pyro_vae.nn.conv import convolutional
 from pyro_vae.nn.entrywise import Entrywise
 from pyro_vae.nn.leading import Reshape, leading
@@ -18,6 +18,7 @@ __all__ = [
     "OneHot",
     "Reshape",
     "Residual",
+    "Selected",
     "Stacked",
     "WithMask",
     "ZeroFilled",

@@ -1,13 +1,14 @@
-"""Several inputs for what takes one."""
+"""Several inputs for what takes one, and a part of one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Concatenated"]
+__all__ = ["Concatenated", "Selected"]
 
 
 class Concatenated(nn.Module):
@@ -26,3 +27,22 @@ class Concatenated(nn.Module):
         lead = torch.broadcast_shapes(*(parent.shape[:-1] for parent in parents))
         spread = [parent.expand(*lead, parent.shape[-1]) for parent in parents]
         return self.net(torch.cat(spread, -1))
+
+
+class Selected(nn.Module):
+    """A network, or a conditional, of some entries of a vector.
+
+    Args:
+        net: what takes ``[..., len(dims)]``.
+        dims: of a vector ``[..., D]``.
+    """
+
+    index: Tensor
+
+    def __init__(self, net: nn.Module, dims: Sequence[int]) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("index", torch.tensor(dims), persistent=False)
+
+    def forward(self, parent: Tensor) -> Any:
+        return self.net(parent.index_select(-1, self.index))

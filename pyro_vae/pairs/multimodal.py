@@ -15,7 +15,7 @@ from pyro_vae.conditionals.gaussian import DiagonalGaussian, StandardNormal
 from pyro_vae.guides.experts import ExpertsGuide, SurrogatesGuide
 from pyro_vae.guides.joint import JointGuide
 from pyro_vae.models.multimodal import MultimodalModel
-from pyro_vae.nn.concatenated import Concatenated
+from pyro_vae.nn.concatenated import Concatenated, Selected
 from pyro_vae.nn.mlp import dense
 from pyro_vae.pairs.by_name import ready
 from pyro_vae.pairs.parts import (
@@ -53,6 +53,7 @@ def multimodal(
     hidden: int | Sequence[int] = (200, 200),
     guide: str = "product",
     private: int | Mapping[str, int] = 0,
+    partitioned: bool = False,
     likelihood: Part | Mapping[str, Part] | None = None,
     prior: Part | None = None,
     prior_expert: bool | None = None,
@@ -73,6 +74,9 @@ def multimodal(
             (JMVAE: a network of all sites, the experts where a row lacks one).
         private: dimensions of the latent ``w_site`` that a site has for itself (DMVAE), a number for
             all sites or site -> number; 0: none.
+        partitioned: private latents are dimensions of z, behind the shared ones, which the expert of
+            their site alone is of: where a component of a mixture lacks it they are drawn from the
+            prior (MMVAE+), so that they are no way around what sites share.
         likelihood: p(x_m | z), as for ``vae``, one for all sites or site -> one; None, and for sites
             that are not named, what ``likelihood_for`` finds.
         prior: p(z), a Gaussian with independent dimensions, as for ``vae``.
@@ -84,7 +88,8 @@ def multimodal(
     Raises:
         ValueError: a site that is missing or has no observed entry, one that ``private`` or
             ``likelihood`` name and that is none of the pair's, a likelihood that does not take its
-            values, an unknown guide, sizes that are not whole numbers.
+            values, an unknown guide, sizes that are not whole numbers, ``partitioned`` without private
+            latents.
     """
     if not isinstance(batch, Batch):
         raise ValueError(
@@ -103,6 +108,10 @@ def multimodal(
         optional=("likelihood", "prior"),
     )
     own = {site: size for site, size in own.items() if size}
+    if partitioned and not own:
+        raise ValueError(
+            "multimodal: came partitioned=True without private latents, wanted private="
+        )
 
     def network(inputs: Sequence[int], outputs: Sequence[int], up: bool) -> nn.Module:
         image = len(inputs if up else outputs) > 1
@@ -110,7 +119,8 @@ def multimodal(
             inputs, outputs, widths if up else widths[::-1], activation
         )
 
-    p_z = built_prior(prior, nn.Identity(), (latent,))
+    dims, whole = _dims(names, latent, own) if partitioned else ({}, latent)
+    p_z = built_prior(prior, nn.Identity(), (whole,))
     likelihoods: dict[str, nn.Module] = {}
     encoders: dict[str, Callable[[Sequence[int]], nn.Module]] = {}
     for site in names:
@@ -118,7 +128,7 @@ def multimodal(
         size = latent + own.get(site, 0)
         chosen = of_site.get(site, common) or likelihood_for(batch, site)
         p = built(chosen, partial(network, (size,), up=False), data.shape[1:], data)
-        likelihoods[site] = Concatenated(p) if site in own else p
+        likelihoods[site] = _reading(p, dims[site] if partitioned else None, site in own)
         inputs, shape = inputs_for(batch, site, p)
         encoders[site] = partial(_up, inputs, partial(network, shape, up=True))
         check_support(batch, site, p, torch.zeros(1, size, device=batch.device), data)
@@ -126,16 +136,21 @@ def multimodal(
     privates = {
         site: (DiagonalGaussian.build(encoders[site], (size,)), StandardNormal(size))
         for site, size in own.items()
+        if not partitioned
     }
-    experts = {site: DiagonalGaussian.build(up, (latent,)) for site, up in encoders.items()}
+    experts = {
+        site: DiagonalGaussian.build(up, (len(dims[site]) if partitioned else latent,))
+        for site, up in encoders.items()
+    }
     options: dict[str, Any] = {
         "subsets": GUIDES[guide](names),
         "prior_expert": guide == "product" if prior_expert is None else prior_expert,
         "weighted": weighted,
         "private": privates,
+        "dims": dims,
     }
     if guide == "joint":
-        joint = _joint(encoders, latent, widths[-1], activation)
+        joint = _joint(encoders, whole, widths[-1], activation)
         q: ExpertsGuide = SurrogatesGuide(joint, experts, p_z, **options)
     else:
         q = ExpertsGuide(experts, p_z, **options)
@@ -164,6 +179,25 @@ def _check(
             f"multimodal: came sites {list(names)}, latent={latent!r}, hidden={tuple(widths)!r}, "
             f"private={dict(private)!r}, wanted a site at least, and whole numbers above 0"
         )
+
+
+def _dims(
+    names: Sequence[str], shared: int, private: Mapping[str, int]
+) -> tuple[dict[str, list[int]], int]:
+    """Dimensions of z that a site has to do with, and how many there are."""
+    out, end = dict[str, list[int]](), shared
+    for site in names:
+        size = private.get(site, 0)
+        out[site] = [*range(shared), *range(end, end + size)]
+        end += size
+    return out, end
+
+
+def _reading(likelihood: nn.Module, dims: Sequence[int] | None, private: bool) -> nn.Module:
+    """Of the parents that the model gives it."""
+    if dims is not None:
+        return Selected(likelihood, dims)
+    return Concatenated(likelihood) if private else likelihood
 
 
 def _up(
