@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import Any
 
@@ -142,8 +143,22 @@ def test_a_pair_says_how_it_was_built(options):
 
 
 def test_what_has_no_name_is_not_said():
-    model, _ = missing(rows(), partial(EntrySet, code=5), latent=2, hidden=(4,))
-    assert getattr(model, "built_by", None) is None
+    def own(*args: Any) -> EntrySet:
+        return EntrySet(*args)
+
+    for encoder in (own, partial(own)):
+        model, _ = missing(rows(), encoder, latent=2, hidden=(4,))
+        assert getattr(model, "built_by", None) is None
+
+
+def test_a_part_with_options_is_said():
+    batch = rows()
+    model, guide = missing(batch, partial(EntrySet, code=5), latent=2, hidden=(4,))
+    said = json.loads(json.dumps(model.built_by))
+    assert said["options"]["encoder"] == {"part": "EntrySet", "with": {"of": {"code": 5}}}
+    again = rebuilt(said, batch)
+    for one, other in zip((model, guide), again, strict=True):
+        other.load_state_dict(one.state_dict())
 
 
 def test_parts_of_ones_own():

@@ -26,6 +26,7 @@ from pyro_vae.conditionals.gaussian import (
     OptimalSigma,
     StandardNormal,
 )
+from pyro_vae.conditionals.gaussian_mixture import GaussianMixture
 from pyro_vae.conditionals.logistic import DiscretizedLogisticMixture, LogisticMixture
 from pyro_vae.conditionals.mixture import StratifiedMixture
 from pyro_vae.conditionals.network import Network
@@ -42,6 +43,7 @@ __all__ = [
     "DiagonalGaussian",
     "DiscretizedLogisticMixture",
     "Gaussian",
+    "GaussianMixture",
     "LearnedBernoulli",
     "LearnedOneHot",
     "LogNormal",

@@ -70,6 +70,8 @@ def _spelled(value: Any) -> Any:
         return [_spelled(item) for item in value]
     if isinstance(value, Mapping):
         return {"of": {str(key): _spelled(item) for key, item in value.items()}}
+    if isinstance(value, functools.partial) and not value.args:
+        return _spelled(value.func) | {"with": _spelled(value.keywords)}
     name = getattr(value, "__name__", "")
     if not name or part(name) is not value:
         raise ValueError(f"{value!r} has no name")
@@ -85,5 +87,5 @@ def _meant(value: Any) -> Any:
         found = part(str(value.get("part")))
         if found is None:
             raise ValueError(f"came part {value.get('part')!r}, which nothing here is called")
-        return found
+        return functools.partial(found, **_meant(value["with"])) if "with" in value else found
     return value
