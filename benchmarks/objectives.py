@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pyro
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 import pyro_vae as pv
@@ -42,7 +42,7 @@ VALUES: dict[str, Any] = {  # of the arguments that a recipe can't do without
     "gamma": 10.0,
     "offdiagonal": 10.0,
 }
-WIDE = 5.0  # nats from which on an axis of gains is logarithmic
+WIDE = 5.0  # nats; losses beyond are arrows at the edge of the figure
 SHORT = {"epochs": 2, "seeds": 1, "num_particles": 50}
 
 
@@ -245,11 +245,14 @@ def table(name: str, result: dict[str, Any]) -> list[str]:
     head = ["objective", "log p >=", "gain", "ELBO", "rate", *(["judge"] if judged else [])]
     rows = [[*head, "active", "k-hat", "s"]]
     for r in cells:
-        shown = [f"{r[q]:.2f} ± {r[f'{q}_se']:.2f}" for q in ("log_p", "elbo")]
-        gained = f"{r['log_p_gain']:+.2f} ± {r['log_p_gain_se']:.2f}"
-        row = [r["objective"], shown[0], "-" if r["objective"] == reference else gained]
-        row += [shown[1], f"{r['rate']:.2f}"]
-        row += [f"{r['judged']:.2f} ± {r['judged_se']:.2f}"] if judged else []
+        gained = _with_error(r, "log_p_gain", "+")
+        row = [
+            r["objective"],
+            _with_error(r, "log_p"),
+            "-" if r["objective"] == reference else gained,
+        ]
+        row += [_with_error(r, "elbo"), _short(r["rate"])]
+        row += [_with_error(r, "judged")] if judged else []
         row += [" ".join(map(str, r["active_units"]))]
         row += ["-" if r["khat_median"] is None else f"{r['khat_median']:.2f}"]
         rows.append([*row, f"{r['seconds']:.1f}"])
@@ -271,9 +274,19 @@ def table(name: str, result: dict[str, Any]) -> list[str]:
     ]
 
 
+def _with_error(record: dict[str, Any], name: str, sign: str = "") -> str:
+    return f"{_short(record[name], sign)} ± {_short(record[f'{name}_se'])}"
+
+
+def _short(number: float, sign: str = "") -> str:
+    """To a hundredth, unless that is no part of it any more."""
+    return format(number, f"{sign}.2f" if abs(number) < 1e4 else f"{sign}.1e")
+
+
 @styled()
 def figure(results: dict[str, dict[str, Any]]) -> Picture:
-    """Gains in held-out log p, a panel a pair, a line a recipe, a colour an estimator."""
+    """Gains in held-out log p, a panel a pair, a line a recipe, a colour an estimator; arrows: worse
+    than ``WIDE`` nats."""
     found = [r for result in results.values() for r in result["cells"]]
     best: dict[str, float] = {}
     for r in found:
@@ -289,22 +302,25 @@ def figure(results: dict[str, dict[str, Any]]) -> Picture:
             mine = [r for r in result["cells"] if r["estimator"] == estimator]
             beside = [e for e in colours if e != "-"]
             place = beside.index(estimator) - (len(beside) - 1) / 2 if estimator != "-" else 0.0
+            heights = [order.index(r["recipe"]) + 0.16 * place for r in mine]
+            near = [(r, at) for r, at in zip(mine, heights, strict=True) if r["log_p_gain"] > -WIDE]
             axes.errorbar(
-                [r["log_p_gain"] for r in mine],
-                [order.index(r["recipe"]) + 0.16 * place for r in mine],
-                xerr=[r["log_p_gain_se"] for r in mine],
+                [r["log_p_gain"] for r, _ in near],
+                [at for _, at in near],
+                xerr=[r["log_p_gain_se"] for r, _ in near],
                 fmt="o",
                 ms=4,
                 lw=1.2,
                 color=colour,
                 label={"-": "its own"}.get(estimator, estimator),
             )
+            edge = [at for r, at in zip(mine, heights, strict=True) if r["log_p_gain"] <= -WIDE]
+            if edge:
+                axes.plot([-WIDE] * len(edge), edge, "<", color=colour, ms=5, clip_on=False)
         axes.axvline(0, color=GREY, linewidth=1, zorder=0)
-        if max((abs(r["log_p_gain"]) for r in result["cells"]), default=0.0) > WIDE:
-            axes.set_xscale("symlog", linthresh=1.0)
-            axes.xaxis.set_major_formatter(ScalarFormatter())
-        else:
-            axes.xaxis.set_major_locator(MaxNLocator(5))
+        if min((r["log_p_gain"] for r in result["cells"]), default=0.0) < -WIDE:
+            axes.set_xlim(left=-WIDE)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_title(name)
         axes.set_xlabel(f"gain over\n{result['reference']} (nats)")
         axes.grid(axis="y", color="#EEEEEE")
