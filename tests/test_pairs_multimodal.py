@@ -289,6 +289,12 @@ def test_refuses(options: dict[str, Any], message: str):
         small(data(), **options)
 
 
+def test_given_rows_of_another_width_are_named():
+    model, q = small(data())
+    with pytest.raises(ValueError, match=r"sample: given came with events \{'x': \[4\]\}: "):
+        sample(model, given=Batch({"x": torch.zeros(3, 4)}), guide=q)
+
+
 def test_refuses_what_is_never_observed_and_rows_that_do_not_match():
     with pytest.raises(ValueError, match=r"site 'x': the batch has no observed entry \(24 rows\)"):
         small(data().hide("x", torch.tensor(True)))

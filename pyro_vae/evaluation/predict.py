@@ -314,7 +314,12 @@ def _check_given(model: Program, guide: Program, data: Batch | Tensor) -> None:
         return
     rows: Any = copy.copy(take(data, slice(0, 2)))
     rows.__class__, rows.read = _Watched, set()
-    _, sites = _draw(model, guide, rows)
+    try:
+        _, sites = _draw(model, guide, rows)
+    except RuntimeError as error:
+        shapes = {site: list(rows.shape(site)[1:]) for site in data}
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"sample: given came with events {shapes}: {reason}") from error
     if not rows.read & set(data):
         raise ValueError(f"sample: given came with sites {list(data)}, the model has {list(sites)}")
     check_data(supports(sites, data), data.look())
