@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyro
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
@@ -50,6 +52,22 @@ def test_the_loss_is_the_one_written_out():
     came = torch.tensor([float(mvae(SITES).loss(*pair(up, down), batch)) / 2 for _ in range(60)])
     error = (wanted.var() / DRAWS + came.var() / len(came)).sqrt()
     assert abs(came.mean() - wanted.mean()) < 4 * error
+
+
+def test_machine_code_draws_in_the_order_of_the_program():
+    """Three views that do not depend on each other, whose draws a compiler might take in any order."""
+    x = (torch.rand(256, 784) < 0.3).float()
+    batch = pv.Batch({"x": x, "y": torch.arange(256) % 10})
+    losses = []
+    for level in ("eager", "compiled"):
+        built = pair(*nets(0))
+        for program in built:
+            program.float()
+        options: Any = {"steps": 4, "batch_size": 128, "compile": level, "progress": False}
+        run = pv.fit(*built, batch, mvae(SITES), **options)
+        assert run.level == level
+        losses.append(torch.tensor([record["loss"] for record in run.history]))
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=0.0)
 
 
 def test_the_table_has_both_and_their_ratio():
