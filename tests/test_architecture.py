@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 # pyro_vae/__init__.py, which re-exports from everywhere and which nobody inside imports.
 BATCH = {"batch"}
 FILES = {"files"}
-OBJECTIVES = {"objectives", *BATCH}
+OBJECTIVES = {"objectives", "operators", *BATCH}
 FAST = {"compiled", "linter"}
 EVALUATION = {"evaluation", *FAST, *OBJECTIVES}
 PROGRAMS = {"models", "guides", "conditionals", "nn"}
@@ -39,13 +39,14 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {*FAST, *OBJECTIVES},
     "compiled": OBJECTIVES,
     "linter": OBJECTIVES,
-    "objectives": BATCH,
+    "objectives": {"operators", *BATCH},
     "data": {*BATCH, *FILES},
     "models": {"conditionals", "nn", *BATCH},
     "guides": {"conditionals", "nn", *BATCH},
     "conditionals": {"nn"},
     "nn": set(),
     "batch": set(),
+    "operators": set(),
     "files": set(),
 }
 
