@@ -15,13 +15,13 @@ it beside the project's own, with this project's dependencies too.
 from __future__ import annotations
 
 import argparse
-import copy
 import logging
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
@@ -48,10 +48,8 @@ class Expert(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor) -> Any:
-        from pyro.distributions import Normal
-
         loc, log_variance = self.net(x).chunk(2, -1)
-        return Normal(loc, (log_variance / 2).exp()).to_event(1)
+        return dist.Normal(loc, (log_variance / 2).exp()).to_event(1)
 
 
 def nets(seed: int) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
@@ -150,7 +148,7 @@ def flat(split: str, rows: int | None) -> pv.Batch:
 
 def measure(given: argparse.Namespace, library: str, seed: int) -> dict[str, Any]:
     train, test = flat("train", given.rows), flat("test", min(TEST, given.rows or TEST))
-    up, down = copy.deepcopy(nets(seed))
+    up, down = nets(seed)
     started = time.perf_counter()
     level = LIBRARIES[library](up, down, train, given.epochs, seed)
     seconds = time.perf_counter() - started

@@ -295,6 +295,8 @@ def main() -> None:
     given.model, given.epochs = given.model or models[0], given.epochs or epochs
     if given.model not in models:
         parser.error(f"--model: came {given.model!r}, wanted one of {list(models)}")
+    if given.model == "mmvae+" and not given.private:
+        parser.error("--model: came 'mmvae+' without private latents, wanted --private")
 
     if any(all(r[name] == getattr(given, name) for name in KEY) for r in kept(given.out)):
         print("complete already")

@@ -95,8 +95,12 @@ class Graph:
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-        options = {"fallback_random": True, "size_asserts": False, "cpp_wrapper": cpp_wrapper}
-        options["reorder_for_peak_memory"] = False  # it takes random numbers out of their order
+        options = {
+            "fallback_random": True,
+            "reorder_for_peak_memory": False,  # it takes random numbers out of their order
+            "size_asserts": False,
+            "cpp_wrapper": cpp_wrapper,
+        }
         mode = FakeTensorMode(shape_env=ShapeEnv())  # the cache asks for one
         with torch.no_grad(), tracing(TracingContext(mode)), warnings.catch_warnings():
             warnings.filterwarnings(

@@ -128,7 +128,7 @@ def multimodal(
         size = latent + own.get(site, 0)
         chosen = of_site.get(site, common) or likelihood_for(batch, site)
         p = built(chosen, partial(network, (size,), up=False), data.shape[1:], data)
-        likelihoods[site] = _reading(p, dims[site] if partitioned else None, site in own)
+        likelihoods[site] = _reading(p, dims.get(site), site in own)
         inputs, shape = inputs_for(batch, site, p)
         encoders[site] = partial(_up, inputs, partial(network, shape, up=True))
         check_support(batch, site, p, torch.zeros(1, size, device=batch.device), data)
@@ -139,7 +139,7 @@ def multimodal(
         if not partitioned
     }
     experts = {
-        site: DiagonalGaussian.build(up, (len(dims[site]) if partitioned else latent,))
+        site: DiagonalGaussian.build(up, (len(dims.get(site, range(latent))),))
         for site, up in encoders.items()
     }
     options: dict[str, Any] = {

@@ -23,9 +23,8 @@ from pyro_vae.operators import operator
 __all__ = ["log_sums"]
 
 CACHED = 2**17  # pairs
-FLOOR = (
-    -80.0
-)  # of an exponent beside one near 0: where the result underflows, exp is 20 times slower
+# Of an exponent beside one near 0: where its result underflows, exp is 20 times slower.
+FLOOR = -80.0
 
 
 def log_sums(latent: Latent, marginals: bool = True) -> tuple[Tensor, Tensor]:
