@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import pyro
@@ -43,6 +44,7 @@ from pyro_vae.objectives import (
     linear,
     mean_field,
     renyi,
+    schedules,
 )
 from pyro_vae.objectives import objective as objective_module
 from pyro_vae.objectives.estimators import get
@@ -424,6 +426,34 @@ def test_a_scale_that_is_a_tensor_may_be_1_at_first():
         pyro.set_rng_seed(1)
         losses.append(each.loss(model, guide, x))
     assert losses[0] == pytest.approx(losses[1])
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [elbo, mean_field, partial(iwae, 4), partial(iwae, 4, "dreg"), partial(iwae, 4, "score")],
+    ids=str,
+)
+@pytest.mark.parametrize("weight", [0.3, linear(10, 2.0, 4.0)], ids=["number", "schedule"])
+def test_a_likelihood_counts_as_under_a_scale_of_its_site(objective: Any, weight: Any):
+    """Same draws, value and gradient, with a scale in the program and with a weight outside."""
+    model, guide, x = LinearModel(), Guide(), data()
+    scaled = Annealed(model, {"x": float(schedules.value(weight, torch.tensor(0)))})
+    came = []
+    for program, options in ((model, {"likelihood_weights": {"x": weight}}), (scaled, {})):
+        pyro.set_rng_seed(1)
+        loss = objective(**options).differentiable_loss(program, guide, x)
+        came.append((loss, *torch.autograd.grad(loss, parameters(model, guide))))
+    torch.testing.assert_close(*came)
+    pyro.set_rng_seed(1)
+    assert objective().loss(model, guide, x) != pytest.approx(came[0][0].item())
+
+
+def test_a_likelihood_that_is_weighed_is_known():
+    objective = elbo(likelihood_weights={"y": 2.0})
+    with pytest.raises(ValueError, match=r"sites \['y'\], the model's observed sites are \['x'\]"):
+        objective.loss(LinearModel(), Guide(), data())
+    with pytest.raises(ValueError, match="likelihood_weights=-1"):
+        elbo(likelihood_weights={"x": -1})
 
 
 class Cliff(LinearModel):
@@ -932,7 +962,10 @@ def test_without_gradients_there_is_no_graph():
 
 
 def test_repr():
-    text = repr(Objective(Renyi(), "dreg", Beta(2.0), [Pull()], num_particles=8, chunk=4))
+    weights = {"x": 3.0, "y": linear(10, 0, 1)}
+    parts: Any = {"num_particles": 8, "chunk": 4, "likelihood_weights": weights}
+    text = repr(Objective(Renyi(), "dreg", Beta(2.0), [Pull()], **parts))
+    assert "likelihood_weights={x: 3.0, y: linear(10, 0, 1)}" in text
     for part in ("iwae", "dreg", "beta(2.0, montecarlo)", "Pull", "chunk=4", "num_particles=8"):
         assert part in text
 

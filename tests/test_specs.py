@@ -29,6 +29,7 @@ from pyro_vae.objectives.specs import arguments, parse, recipes
         ("beta_vae:beta=4,analytic=True", beta_vae(4, analytic=True)),
         ("beta_vae: beta={'z': 2.0}, num_particles=2", beta_vae({"z": 2.0}, 2)),
         ("mean_field:num_particles=6,chunk=2", mean_field(6, chunk=2)),
+        ("elbo:likelihood_weights={'y': 50}", elbo(likelihood_weights={"y": 50})),
         (
             "free_bits:nats=piecewise((0, 0), (9, 1)),per=site",
             free_bits(piecewise((0, 0), (9, 1)), "site"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyro_vae.batch import Batch
-from pyro_vae.objectives import estimators
+from pyro_vae.objectives import estimators, schedules
 from pyro_vae.objectives.bounds import Bound, Elbo
 from pyro_vae.objectives.estimators import Estimator
 from pyro_vae.objectives.loss import Loss, Program, identity
 from pyro_vae.objectives.particles import Boundary, Particles, log_q_at_rest, run
 from pyro_vae.objectives.plan import Plan, SitesChanged, factor_blockers, make_plan
 from pyro_vae.objectives.rates import MonteCarlo, Rate
+from pyro_vae.objectives.schedules import Schedule, not_negative, shown
 from pyro_vae.objectives.swap import Held, Rewound, owner
 
 __all__ = ["Objective", "refusal"]
@@ -82,6 +83,9 @@ class Objective(Loss):
         chunk: particles processed at a time. Value and gradient stay what they are (but for coupled
             rates, whose means are those of a chunk), training memory does not grow with K. ``chunk=1``
             runs particle by particle without a particle dim.
+        likelihood_weights: observed site -> what its log p(x | z) counts, a number or schedule (1
+            elsewhere), so that a site of few nats is heard beside one of many (Wu & Goodman 2018). As
+            under beta, a bound of log p only where all are 1. Evaluation weighs nothing.
 
     Parts that are modules own parameters or buffers, which are trained, saved and moved with the rest.
 
@@ -98,6 +102,7 @@ class Objective(Loss):
         penalties: Iterable[Penalty] = (),
         num_particles: int = 1,
         chunk: int | None = None,
+        likelihood_weights: Mapping[str, float | Schedule] | None = None,
     ) -> None:
         numbers = {"num_particles": num_particles, "chunk": 1 if chunk is None else chunk}
         for name, number in numbers.items():
@@ -109,6 +114,8 @@ class Objective(Loss):
         self.rate = rate or MonteCarlo()
         self.penalties = tuple(penalties)
         self.chunk = chunk
+        self.likelihood_weights = dict(likelihood_weights or {})
+        not_negative("Objective", likelihood_weights=self.likelihood_weights)
         parts: Iterable[Any] = (self.estimator, self.rate, *self.penalties)
         self.modules = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
         if why := refusal(self.bound, self.estimator, self.rate, num_particles):
@@ -368,8 +375,9 @@ class Objective(Loss):
             scored = particles.score.keys() & particles.posterior.keys()
             particles.posterior |= {site: particles.posterior[site].detach() for site in scored}
         rate = {site: -term for site, term in self.rate(particles, step).items()}
+        likelihood = self._weighed(particles, step)
         log_w, outside = (
-            _add(particles.summed(particles.likelihood, out), particles.summed(rate, out))
+            _add(particles.summed(likelihood, out), particles.summed(rate, out))
             for out in (False, True)
         )
         if log_w is not None:
@@ -396,6 +404,19 @@ class Objective(Loss):
             boundary=boundary,
             late=plan.late,
         )
+
+    def _weighed(self, particles: Particles, step: Tensor) -> dict[str, Tensor]:
+        """log p of what is observed, times its weight."""
+        if unknown := self.likelihood_weights.keys() - particles.model.keys():
+            raise ValueError(
+                f"likelihood_weights: came sites {sorted(unknown)}, the model's observed sites are "
+                f"{sorted(particles.likelihood)}"
+            )
+        weights = {site: schedules.value(w, step) for site, w in self.likelihood_weights.items()}
+        return {
+            site: weights[site] * term if site in weights else term
+            for site, term in particles.likelihood.items()
+        }
 
     def _has_scores(self, plan: Plan) -> bool:
         """Whether any site may be trained by its score: the rest of the pass is spared it."""
@@ -437,6 +458,8 @@ class Objective(Loss):
         parts = [f"bound={self.bound!r}", f"estimator={self.estimator!r}", f"rate={self.rate!r}"]
         if self.penalties:
             parts.append(f"penalties={self.penalties!r}")
+        if self.likelihood_weights:
+            parts.append(f"likelihood_weights={shown(self.likelihood_weights)}")
         if self.chunk:
             parts.append(f"chunk={self.chunk}")
         return f"Objective({', '.join(parts)}, num_particles={self.num_particles})"

@@ -20,7 +20,7 @@ from torch import Tensor
 from pyro_vae.objectives import schedules
 from pyro_vae.objectives.particles import Particles
 from pyro_vae.objectives.plan import counted
-from pyro_vae.objectives.schedules import Schedule
+from pyro_vae.objectives.schedules import Schedule, not_negative, shown
 from pyro_vae.objectives.tracing import core
 
 __all__ = ["Analytic", "Balance", "Beta", "Capacity", "FreeBits", "MonteCarlo", "Rate"]
@@ -96,7 +96,7 @@ class Beta(Rate):
     def __init__(
         self, beta: float | Schedule | Mapping[str, float | Schedule], rate: Rate | None = None
     ) -> None:
-        _not_negative("Beta", beta=beta)
+        not_negative("Beta", beta=beta)
         self.beta = dict(beta) if isinstance(beta, Mapping) else beta
         self.rate = rate or MonteCarlo()
         self.analytic, self.coupled = self.rate.analytic, self.rate.coupled
@@ -121,7 +121,7 @@ class Beta(Rate):
         return schedules.value(self.beta.get(site, 1.0), step)
 
     def __repr__(self) -> str:
-        return f"beta({_name(self.beta)}, {self.rate!r})"
+        return f"beta({shown(self.beta)}, {self.rate!r})"
 
 
 class FreeBits(Rate):
@@ -158,7 +158,7 @@ class FreeBits(Rate):
         over: str = "batch",
         rate: Rate | None = None,
     ) -> None:
-        _not_negative("FreeBits", nats=nats)
+        not_negative("FreeBits", nats=nats)
         if isinstance(nats, Mapping) and not isinstance(per, str):
             raise ValueError(
                 "FreeBits: came floors by site and groups of sites, wanted one of them; nats= is the "
@@ -212,7 +212,7 @@ class FreeBits(Rate):
         per = self.per
         if not isinstance(per, str):
             per = f"{{{', '.join(f'{name}: {list(sites)}' for name, sites in per.items())}}}"
-        return f"freebits({_name(self.nats)}, {per}, {self.over}, {self.rate!r})"
+        return f"freebits({shown(self.nats)}, {per}, {self.over}, {self.rate!r})"
 
 
 class Capacity(Rate):
@@ -238,7 +238,7 @@ class Capacity(Rate):
     def __init__(
         self, capacity: float | Schedule, gamma: float | Schedule, rate: Rate | None = None
     ) -> None:
-        _not_negative("Capacity", capacity=capacity, gamma=gamma)
+        not_negative("Capacity", capacity=capacity, gamma=gamma)
         self.capacity, self.gamma, self.rate = capacity, gamma, rate or Analytic()
         self.analytic = self.rate.analytic
 
@@ -254,7 +254,7 @@ class Capacity(Rate):
         return rate | {site: slope * (term - share) for site, term in terms.items()}
 
     def __repr__(self) -> str:
-        return f"capacity({_name(self.capacity)}, {_name(self.gamma)}, {self.rate!r})"
+        return f"capacity({shown(self.capacity)}, {shown(self.gamma)}, {self.rate!r})"
 
 
 class Balance(Rate):
@@ -297,7 +297,7 @@ class Balance(Rate):
         return rate | {s: c * rate[s] for s, c in zip(sites, coefficients, strict=True)}
 
     def __repr__(self) -> str:
-        return f"balance({_name(self.share)}, {self.rate!r})"
+        return f"balance({shown(self.share)}, {self.rate!r})"
 
 
 _UNUSED = 0.01  # nats that a site without KL is given, so that it pays something for the first ones
@@ -356,15 +356,6 @@ def _sum_rest(term: Tensor, keep: int) -> Tensor:
     return term.flatten(keep).sum(keep) if term.dim() > keep else term
 
 
-def _not_negative(part: str, **given: float | Schedule | Mapping[str, float | Schedule]) -> None:
-    for name, came in given.items():
-        for number in came.values() if isinstance(came, Mapping) else [came]:
-            if not callable(number) and not number >= 0:
-                raise ValueError(
-                    f"{part}: came {name}={number}, wanted a number >= 0 or a schedule"
-                )
-
-
 def _check_known(part: str, sites: Iterable[str], particles: Particles) -> None:
     """Sites that a program has: a label may be data in this batch and a latent in the next."""
     if unknown := set(sites) - {*particles.posterior, *particles.model}:
@@ -372,12 +363,6 @@ def _check_known(part: str, sites: Iterable[str], particles: Particles) -> None:
             f"{part}: came sites {sorted(unknown)}, the guide's latents are "
             f"{sorted(particles.posterior)}"
         )
-
-
-def _name(number: float | Schedule | Mapping[str, float | Schedule]) -> str:
-    if isinstance(number, Mapping):
-        return f"{{{', '.join(f'{site}: {_name(of)}' for site, of in number.items())}}}"
-    return str(getattr(number, "__qualname__", number))
 
 
 def _subtract(log_q: Tensor, log_p: Tensor) -> Tensor:

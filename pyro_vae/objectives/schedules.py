@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from itertools import pairwise
 from typing import Any, ParamSpec
@@ -24,8 +24,10 @@ __all__ = [
     "cyclical",
     "exponential",
     "linear",
+    "not_negative",
     "parse",
     "piecewise",
+    "shown",
     "value",
 ]
 
@@ -129,6 +131,23 @@ def piecewise(*points: tuple[float, float]) -> Schedule:
 def value(number: float | Schedule, step: Tensor) -> float | Tensor:
     """The number itself, or the schedule's value at ``step``."""
     return number(step) if callable(number) else number
+
+
+def not_negative(part: str, **given: float | Schedule | Mapping[str, float | Schedule]) -> None:
+    """Refuse numbers below 0, naming the argument; what a schedule will give is not asked."""
+    for name, came in given.items():
+        for number in came.values() if isinstance(came, Mapping) else [came]:
+            if not callable(number) and not number >= 0:
+                raise ValueError(
+                    f"{part}: came {name}={number}, wanted a number >= 0 or a schedule"
+                )
+
+
+def shown(number: Any) -> str:
+    """A number, or the call that made a schedule or a view; by site where there are several."""
+    if isinstance(number, Mapping):
+        return f"{{{', '.join(f'{site}: {shown(of)}' for site, of in number.items())}}}"
+    return str(getattr(number, "__qualname__", number))
 
 
 def parse(text: str) -> Schedule | None:

@@ -25,7 +25,7 @@ def arguments(recipe: Recipe) -> dict[str, Any]:
     """What a spec may say of a recipe: argument -> default (``Parameter.empty``: there is none)."""
     parameters = inspect.signature(recipe).parameters.values()
     named = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
-    return {**named, "chunk": None}
+    return {**named, "chunk": None, "likelihood_weights": None}
 
 
 def parse(spec: str) -> Loss:

@@ -32,12 +32,14 @@ class Term(NamedTuple):
             return args
         if not args or not isinstance(args[0], Batch):
             came = type(args[0]).__name__ if args else "nothing"
-            raise ValueError(f"view {_name(self.view)}: came {came}, wanted a Batch of named sites")
+            raise ValueError(
+                f"view {schedules.shown(self.view)}: came {came}, wanted a Batch of named sites"
+            )
         return (self.view(args[0]), *args[1:])
 
     def __repr__(self) -> str:
-        weight = "" if self.weight == 1 else f"{_name(self.weight)} * "
-        return f"{weight}{self.loss!r}" + (f" of {_name(self.view)}" if self.view else "")
+        weight = "" if self.weight == 1 else f"{schedules.shown(self.weight)} * "
+        return f"{weight}{self.loss!r}" + (f" of {schedules.shown(self.view)}" if self.view else "")
 
 
 class Sum(Loss):
@@ -126,7 +128,3 @@ def without(*sites: str) -> View:
 
     view.__qualname__ = f"without({', '.join(sites)})"
     return view
-
-
-def _name(part: Any) -> str:
-    return str(getattr(part, "__qualname__", part))
