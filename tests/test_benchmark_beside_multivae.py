@@ -71,13 +71,18 @@ def test_machine_code_draws_in_the_order_of_the_program():
 
 
 def test_the_table_has_both_and_their_ratio():
-    log_p = {"x,y": {"log_p": -90.0, "log_p_se": 0.5}}
-    common = {"seed": 0, "epochs": 10, "rows": None, "level": "eager", "log_p": log_p}
     records = [
-        {"library": "pyro_vae", "seconds": 20.0, **common},
-        {"library": "multivae", "seconds": 50.0, **common},
+        {"library": library, "seed": seed, "epochs": 10, "rows": None, "level": "eager"}
+        | {"seconds": seconds, "log_p": {"x,y": {"log_p": log_p, "log_p_se": 0.5}}}
+        for library, seed, seconds, log_p in [
+            ("pyro_vae", 0, 20.0, -90.0),
+            ("multivae", 0, 50.0, -92.0),
+            ("pyro_vae", 1, 20.0, -92.0),
+            ("multivae", 1, 40.0, -91.0),
+        ]
     ]
     text = table(records)
     assert "x,y -90.00 ± 0.50" in text
-    assert "MultiVae takes 2.50 times as long" in text
+    assert "MultiVae takes 2.25 ± 0.25 times as long (by seed 2.50, 2.00)" in text
+    assert "log p(x,y), pyro_vae minus MultiVae: 0.50 ± 1.50 (by seed 2.00, -1.00)" in text
     assert "times as long" not in table(records[:1])
