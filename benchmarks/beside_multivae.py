@@ -192,7 +192,7 @@ def table(records: list[dict[str, Any]]) -> str:
     ]
     if both:
         times = [theirs["seconds"] / ours["seconds"] for ours, theirs in both]
-        lines.append(f"MultiVae takes {told(times)} times as long")
+        lines.append(f"seconds, MultiVae over pyro_vae: {told(times)}")
     for name in both[0][0]["log_p"] if both else ():
         gains = [
             ours["log_p"][name]["log_p"] - theirs["log_p"][name]["log_p"] for ours, theirs in both
