@@ -25,7 +25,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -88,6 +88,11 @@ def labels(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------
 # Two looks and a label
 
+NETS: dict[str, dict[str, Any]] = {
+    "convolutional": {"hidden": (32, 64, 128), "net": convolutional},
+    "dense": {"hidden": (400, 400)},
+}
+
 
 def guides(sites: Sequence[str]) -> dict[str, tuple[dict[str, Any], Any]]:
     """How experts are put together, and the objective: one draw of every component."""
@@ -138,10 +143,9 @@ def looks(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "x": Bernoulli,
         "m": functools.partial(Gaussian.build, shared=True),
     }
-    nets: dict[str, Any] = {"hidden": (32, 64, 128), "net": convolutional}
     private = {"m": given.private} if given.private else 0
     pair = pv.pairs.multimodal(
-        train, latent=64, likelihood=likelihood, private=private, **nets, **options
+        train, latent=64, likelihood=likelihood, private=private, **NETS[given.net], **options
     )
     trained = run(given, folder, pair, train, objective)
     device = next(pair[0].parameters()).device
@@ -235,23 +239,33 @@ def run(
     }
 
 
-KEY = ("part", "model", "missing", "private", "epochs", "seed", "lr", "rows")
-PARTS: dict[str, tuple[Callable[..., dict[str, Any]], tuple[str, ...], tuple[float, ...], int]] = {
-    "labels": (labels, tuple(LABELS), (0.0,), 500),  # models, shares of missing sites, epochs
-    "looks": (looks, tuple(guides(SITES)), MISSING, 100),
+class Part(NamedTuple):
+    """A part of the table: the first of its models and nets is what is run unless another is asked."""
+
+    measure: Callable[[argparse.Namespace, Path], dict[str, Any]]
+    models: tuple[str, ...]
+    nets: tuple[str, ...]
+    missing: tuple[float, ...]
+    epochs: int
+
+
+KEY = ("part", "model", "net", "missing", "private", "epochs", "seed", "lr", "rows")
+PARTS = {
+    "labels": Part(labels, tuple(LABELS), ("dense",), (0.0,), 500),
+    "looks": Part(looks, tuple(guides(SITES)), tuple(NETS), MISSING, 100),
 }
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
     """Every row that is meant, those that were not run too."""
     lines = []
-    for part, (_, models, shares, _) in PARTS.items():
-        lines += [part, "-" * 100]
-        for model in models:
-            for share in shares:
-                same = {"part": part, "model": model, "missing": share}
+    for name, part in PARTS.items():
+        lines += [name, "-" * 100]
+        for model in part.models:
+            for share in part.missing:
+                same = {"part": name, "model": model, "missing": share}
                 found = [r for r in records if same.items() <= r.items()]
-                head = f"{model:<10}" + (f" {share:>4.0%} missing" if len(shares) > 1 else "")
+                head = f"{model:<10}" + (f" {share:>4.0%} missing" if len(part.missing) > 1 else "")
                 lines += [f"{head}  {line}" for r in found for line in _shown(r)]
                 lines += [] if found else [f"{head}  not run"]
         lines.append("")
@@ -260,8 +274,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 def _shown(record: dict[str, Any]) -> Iterator[str]:
     yield (
-        f"seed {record['seed']}, {record['epochs']} epochs of {record['trained_on']} rows, private "
-        f"{record['private']}, {record['seconds'] / record['epochs']:.1f} s an epoch"
+        f"seed {record['seed']}, {record['net']} nets, {record['epochs']} epochs of "
+        f"{record['trained_on']} rows, private {record['private']}, {record['seconds'] / record['epochs']:.1f} s an epoch"
     )
     log_p = record.get("log_p") or {
         name[6:-1]: it for name, it in record.items() if name.startswith("log_p(")
@@ -279,7 +293,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--model", choices=[m for part in PARTS.values() for m in part[1]])
+    parser.add_argument("--model", choices=[m for part in PARTS.values() for m in part.models])
+    parser.add_argument("--net", choices=NETS, help="of looks (labels: dense)")
     parser.add_argument("--missing", type=float, default=0.0, help="share of the sites of rows")
     parser.add_argument("--private", type=int, default=0, help="dimensions that MNIST-M has alone")
     parser.add_argument("--epochs", type=int, help="default: 500 and 100")
@@ -291,10 +306,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/multimodal"))
     parser.add_argument("--name", default="multimodal", help="of the files in results/")
     given = parser.parse_args()
-    measure, models, _, epochs = PARTS[given.part]
-    given.model, given.epochs = given.model or models[0], given.epochs or epochs
-    if given.model not in models:
-        parser.error(f"--model: came {given.model!r}, wanted one of {list(models)}")
+    part = PARTS[given.part]
+    given.epochs = given.epochs or part.epochs
+    for name, known in (("model", part.models), ("net", part.nets)):
+        came = getattr(given, name) or known[0]
+        setattr(given, name, came)
+        if came not in known:
+            parser.error(f"--{name}: came {came!r}, wanted one of {list(known)}")
     if given.model == "mmvae+" and not given.private:
         parser.error("--model: came 'mmvae+' without private latents, wanted --private")
 
@@ -304,7 +322,7 @@ def main() -> None:
     folder = folder_of(given.out, *(getattr(given, name) for name in KEY))
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    new = measure(given, folder) | {name: getattr(given, name) for name in KEY}
+    new = part.measure(given, folder) | {name: getattr(given, name) for name in KEY}
     new["hours"] = (time.monotonic() - started) / 3600
     records = [*kept(given.out), new]
     keep(given.out, records)

@@ -45,6 +45,7 @@ def test_what_was_not_run_says_so():
     record = {
         "part": "looks",
         "model": "moe",
+        "net": "dense",
         "missing": 0.2,
         "private": 0,
         "seed": 0,
