@@ -273,9 +273,10 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _shown(record: dict[str, Any]) -> Iterator[str]:
+    pace = record["seconds"] / record["epochs"]
     yield (
-        f"seed {record['seed']}, {record['net']} nets, {record['epochs']} epochs of "
-        f"{record['trained_on']} rows, private {record['private']}, {record['seconds'] / record['epochs']:.1f} s an epoch"
+        f"seed {record['seed']}, {record['net']} nets, private {record['private']}, "
+        f"{record['epochs']} epochs of {record['trained_on']} rows, {pace:.1f} s each"
     )
     log_p = record.get("log_p") or {
         name[6:-1]: it for name, it in record.items() if name.startswith("log_p(")
