@@ -36,7 +36,11 @@ from pyro_vae.objectives import (
 from pyro_vae.objectives.baselines import LeaveOneOut
 from pyro_vae.objectives.bounds import Split
 from pyro_vae.objectives.estimators import OneParticle, WakeSleep, get
-from tests import gate
+from tests.gate.answers import Draw
+from tests.gate.cells import cell
+from tests.gate.closed_forms import joint
+from tests.gate.pairs import ONE_LAYER
+from tests.gate.pairs import X as GATE_X
 from tests.small_pairs import (
     PAIRS,
     X_DIM,
@@ -512,14 +516,14 @@ def test_one_particle_refuses_weights_that_are_no_probabilities():
 
 
 def wake(particles: int) -> Tensor:
-    """The expected update of the guide of ``gate.ONE_LAYER``, by quadrature over two particles, or
+    """The expected update of the guide of ``ONE_LAYER``, by quadrature over two particles, or
     for ``particles=0``, of infinitely many: minus the gradient of KL(p(z | x) || q(z | x))."""
-    pair = gate.ONE_LAYER
+    pair = ONE_LAYER
     values = {n: torch.tensor(v) for n, v in {**pair.model_values, **pair.guide_values}.items()}
     own = [values[name].requires_grad_() for name in pair.guide_values]
-    loc = values["a0"] * gate.X[0] + values["a1"] * gate.X[1] + values["c"]
+    loc = values["a0"] * GATE_X[0] + values["a1"] * GATE_X[1] + values["c"]
     if particles == 0:
-        posterior = gate.joint(pair, values).given({"x0": gate.X[0], "x1": gate.X[1]}).of(["z"])
+        posterior = joint(pair, values).given({"x0": GATE_X[0], "x1": GATE_X[1]}).of(["z"])
         p = dist.Normal(posterior.mean[0], posterior.covariance[0, 0].sqrt())
         q = dist.Normal(loc, values["r"].exp())
         divergence = torch.distributions.kl_divergence(p, q)
@@ -536,12 +540,12 @@ def wake(particles: int) -> Tensor:
 
 def test_the_wake_update_of_two_particles():
     """The guide's is that of quadrature, and not the bound's; the model's is the bound's."""
-    cell = gate.cell(gate.ONE_LAYER, "iwae", WakeSleep())
-    names = gate.ONE_LAYER.model_values
-    draw = gate._Draw(cell, 30_000)
+    two = cell(ONE_LAYER, "iwae", WakeSleep())
+    names = ONE_LAYER.model_values
+    draw = Draw(two, 30_000)
     gradients = draw.block()[1].T
     of_model, of_guide = gradients[:, : len(names)], gradients[:, len(names) :]
-    of_bound = cell.exact().gradient
+    of_bound = two.exact().gradient
     assert sigmas(of_model - of_bound[: len(names)]).abs().max() < 5
     assert sigmas(of_guide - wake(2)).abs().max() < 5
     assert sigmas(of_guide - of_bound[len(names) :]).abs().max() > 10
@@ -550,8 +554,8 @@ def test_the_wake_update_of_two_particles():
 def test_the_wake_update_of_many_particles_follows_the_forward_kl():
     limit = wake(0)
     assert (wake(2) - limit).norm() > 0.3 * limit.norm()
-    draw = gate._Draw(gate.cell(gate.ONE_LAYER, "iwae", WakeSleep(), particles=500), 400)
-    update = draw.block()[1].T[:, len(gate.ONE_LAYER.model_values) :].mean(0)
+    draw = Draw(cell(ONE_LAYER, "iwae", WakeSleep(), particles=500), 400)
+    update = draw.block()[1].T[:, len(ONE_LAYER.model_values) :].mean(0)
     assert (update - limit).norm() < 0.03 * limit.norm()
 
 

@@ -12,13 +12,18 @@ import torch
 
 from pyro_vae.objectives import baselines, bounds, penalties
 from pyro_vae.objectives.relaxed import Gumbel
-from tests import gate
-from tests.gate_penalties import PenaltyCell, penalty_cells
+from tests.gate.answers import check
+from tests.gate.cells import Cell, cell, discrete_cells, further_cells, quick_cells, uncovered
+from tests.gate.closed_forms import closed_forms
+from tests.gate.exact import trapezoid
+from tests.gate.pairs import BIASED, BIT
+from tests.gate.penalties import PenaltyCell, penalty_cells
+from tests.gate.planted import Planted, Stale, edited, planted
 
-CELLS: list[gate.Cell | PenaltyCell] = [
-    *gate.quick_cells(),
-    *gate.further_cells(),
-    *gate.discrete_cells(),
+CELLS: list[Cell | PenaltyCell] = [
+    *quick_cells(),
+    *further_cells(),
+    *discrete_cells(),
     *penalty_cells(),
 ]
 
@@ -32,7 +37,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def test_every_exported_part_is_run_by_a_cell():
-    assert gate.uncovered(CELLS) == []
+    assert uncovered(CELLS) == []
 
 
 @pytest.mark.parametrize(
@@ -45,38 +50,38 @@ def test_an_exported_part_without_instances_is_found(
 ):
     monkeypatch.setattr(module, "Forgotten", type("Forgotten", (base,), {}), raising=False)
     monkeypatch.setattr(module, "__all__", [*module.__all__, "Forgotten"])
-    (problem,) = gate.uncovered(CELLS)
+    (problem,) = uncovered(CELLS)
     assert "Forgotten" in problem
 
 
 def test_bounds_agree_with_closed_forms():
-    assert gate.closed_forms() == []
+    assert closed_forms() == []
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
-def test_cell(cell: gate.Cell | PenaltyCell):
-    assert gate.check(cell).problems == []
+def test_cell(cell: Cell | PenaltyCell):
+    assert check(cell).problems == []
 
 
-@pytest.mark.parametrize("error", gate.planted(), ids=str)
-def test_planted_error_is_caught(error: gate.Planted):
+@pytest.mark.parametrize("error", planted(), ids=str)
+def test_planted_error_is_caught(error: Planted):
     assert error.missed() == []
 
 
 def test_planted_text_that_the_library_no_longer_holds_is_an_error():
     with (
-        pytest.raises(gate.Stale, match="plant it anew"),
-        gate.edited(bounds.Elbo.reward, {"no such text": ""}),
+        pytest.raises(Stale, match="plant it anew"),
+        edited(bounds.Elbo.reward, {"no such text": ""}),
     ):
         pass
 
 
 def test_bias_by_design_is_measured_and_does_not_fail():
-    (stl,) = (error for error in gate.planted() if error.name == "STL with a multi-sample bound")
+    (stl,) = (error for error in planted() if error.name == "STL with a multi-sample bound")
     refused = stl.cells[0]
-    assert isinstance(refused, gate.Cell)
+    assert isinstance(refused, Cell)
     with stl():
-        result = gate.check(replace(refused, status=gate.BIASED))
+        result = check(replace(refused, status=BIASED))
     assert result.problems == []
     assert result.bias > 10 * result.error
 
@@ -86,10 +91,10 @@ def test_the_bias_of_a_relaxation_falls_with_its_temperature(density: str, left:
     """Not to 0 with relaxed densities: their KL is that of two logistics at any temperature."""
     biases = []
     for temperature in (1.0, 0.5, 0.25, 0.1, 0.05):
-        cell = gate.cell(gate.BIT, "elbo", Gumbel(temperature, density=density), particles=1)
-        cell = replace(cell, reference=replace(cell.reference, grid=gate._trapezoid))
-        declared = cell.declared()
+        cold = cell(BIT, "elbo", Gumbel(temperature, density=density), particles=1)
+        cold = replace(cold, reference=replace(cold.reference, grid=trapezoid))
+        declared = cold.declared()
         assert declared is not None
-        biases.append(float((declared.gradient - cell.exact().gradient).norm()))
+        biases.append(float((declared.gradient - cold.exact().gradient).norm()))
     assert biases == sorted(biases, reverse=True)
     assert 0.5 * left < biases[-1] / biases[0] < left

@@ -18,7 +18,7 @@ from pyro_vae.batch import Batch
 from pyro_vae.compiled import make_step
 from pyro_vae.conditionals.mixture import StratifiedMixture
 from pyro_vae.objectives import Beta, Elbo, Miwae, Objective, Renyi
-from tests.gate_pairs import Program
+from tests.gate.pairs import Program
 from tests.small_pairs import assert_same, sigmas
 
 X, ROWS, NODES = 0.8, 60_000, 14

@@ -34,7 +34,7 @@ from pyro_vae.objectives.penalties import (
 )
 from pyro_vae.objectives.penalties.latent import Latent
 from pyro_vae.objectives.schedules import linear
-from tests.gate_pairs import BIASED, SIGMAS, UNBIASED
+from tests.gate.pairs import BIASED, SIGMAS, UNBIASED
 from tests.row_pairs import RowPair
 
 __all__ = ["Measured", "PenaltyCell", "penalty_cells"]
