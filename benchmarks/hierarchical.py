@@ -42,7 +42,7 @@ SIZES: dict[int, dict[str, Any]] = {
         "norm": nn.BatchNorm1d,
     },
 }
-LR = {1: 3e-3, 2: 3e-3, 5: 1e-3}
+LR = {1: 3e-3, 2: 1e-3, 5: 1e-3}  # at 3e-3 two layers stall
 NETS = ["1", *(f"{layers} {merge}" for layers in (2, 5) for merge in MERGES)]
 OBJECTIVES = ("elbo", "iwae:num_particles=5")
 PUBLISHED = (
