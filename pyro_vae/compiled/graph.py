@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -102,7 +103,12 @@ class Graph:
             "cpp_wrapper": cpp_wrapper,
         }
         mode = FakeTensorMode(shape_env=ShapeEnv())  # the cache asks for one
-        with torch.no_grad(), tracing(TracingContext(mode)), warnings.catch_warnings():
+        with (
+            torch.no_grad(),
+            tracing(TracingContext(mode)),
+            warnings.catch_warnings(),
+            _silent("torch._inductor.ir"),  # of operators that C++ calls through Python
+        ):
             warnings.filterwarnings(
                 "ignore", ".*is deprecated", DeprecationWarning
             )  # torch of itself
@@ -142,6 +148,16 @@ def record(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -
             f"the program makes a tensor ({found.target}) whose shape depends on values, as in x[x > 0]"
         )
     return _closed(module)
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 class _Unread(TorchFunctionMode):
