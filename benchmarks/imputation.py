@@ -282,6 +282,7 @@ def _coverage(
 # --- digits -------------------------------------------------------------------------------------
 
 MNIST = ("complete", "half_missing")
+TRAINED = ("vae", *MNIST)
 
 
 def mnist_row(data: str, method: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
@@ -347,18 +348,21 @@ def table(records: list[dict[str, Any]]) -> str:
 def _result(data: str, here: list[dict[str, Any]]) -> str:
     if not here:
         return "not run"
-    hours = sum(r["seconds"] for r in here) / 3600
+    hours = f"{sum(r['seconds'] for r in here) / 3600:.2f} h"
+    if here[0]["method"] in TRAINED:
+        budgets = {f"{r['steps']} steps of {r['batch_size']} rows" for r in here}
+        hours += f" ({', '.join(sorted(budgets))})"
     if data == "mnist":
         text = f"NLL <= {-here[0]['log_p']:.2f} ± {here[0]['log_p_se']:.2f} nats (over rows)"
-        return f"{text}, wrong missing pixels {mean_of(here, 'wrong_pixels')}, {hours:.2f} h"
+        return f"{text}, wrong missing pixels {mean_of(here, 'wrong_pixels')}, {hours}"
     if data == "adult":
         text = f"accuracy {mean_of(here, 'accuracy')}, RMSE {mean_of(here, 'rmse')}"
         for what in ("coverage", "calibrated"):
             if what in here[0]:
                 shares = {n: np.mean([r[what][n] for r in here]) for n in CONTINUOUS}
                 text += f", {what} " + " ".join(f"{n} {share:.3f}" for n, share in shares.items())
-        return f"{text}, {hours:.2f} h"
-    return f"RMSE {mean_of(here, 'rmse')}, {hours:.2f} h"
+        return f"{text}, {hours}"
+    return f"RMSE {mean_of(here, 'rmse')}, {hours}"
 
 
 def main() -> None:
@@ -397,7 +401,8 @@ def main() -> None:
         record = {**settings, **same, **PARTS[data][0](data, method, seed, given)}
         records = [*kept(given.out), record]
         keep(given.out, records)
-        write(given.name, settings, records, table(records), given.results, show=False)
+        told = {"K": K, "held out": HELD}
+        write(given.name, told, records, table(records), given.results, show=False)
         print(f"{data} {method} {seed}: {_result(data, [record])}", flush=True)
     print(table(kept(given.out)))
 
