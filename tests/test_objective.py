@@ -431,7 +431,7 @@ def test_a_scale_that_is_a_tensor_may_be_1_at_first():
 @pytest.mark.parametrize(
     "objective",
     [elbo, mean_field, partial(iwae, 4), partial(iwae, 4, "dreg"), partial(iwae, 4, "score")],
-    ids=str,
+    ids=["elbo", "mean_field", "iwae", "dreg", "score"],
 )
 @pytest.mark.parametrize("weight", [0.3, linear(10, 2.0, 4.0)], ids=["number", "schedule"])
 def test_a_likelihood_counts_as_under_a_scale_of_its_site(objective: Any, weight: Any):
