@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -175,20 +174,6 @@ class Batch:
     def look(self, rows: int = 10_000) -> Batch:
         """Rows in memory, to look at before training: all of them, unless that is too much."""
         return self.still()
-
-    def digest(self, sites: Collection[str] | None = None, block: int = 10_000) -> str:
-        """Of the values of some sites (default: all) and of where they are observed: equal for batches
-        of the same rows in the same order. What missing entries read as does not enter."""
-        fixed, digest = self.still(), hashlib.sha256()
-        for start in range(0, self.size, block):  # a mapped file need not fit in memory
-            rows = fixed.rows(slice(start, start + block))
-            for site in rows if sites is None else sites:
-                seen = rows.mask(site)
-                value = torch.where(seen, rows[site], torch.zeros_like(rows[site]))
-                for part in (value, seen):
-                    digest.update(f"{site} {part.dtype} {list(part.shape)} ".encode())
-                    digest.update(part.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
 
     def rows(self, index: Any) -> Batch:
         """The rows that ``index`` (numbers, slice or bool mask) selects; ``total`` stays N."""

@@ -49,23 +49,6 @@ def test_array_is_copied() -> None:
     assert batch["x"][0] == 0
 
 
-def test_the_digest_tells_rows_apart() -> None:
-    values = {"x": torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), "y": torch.arange(3)}
-    batch = Batch(values)
-    assert batch.digest() == Batch(values, total=9).digest()
-    assert batch.digest() != batch.rows([1, 0, 2]).digest()
-    assert batch.digest() != batch.hide("x", torch.tensor([[True, False]])).digest()
-    other = Batch({**values, "y": torch.zeros(3)})
-    assert batch.digest() != other.digest()
-    assert batch.digest(["x"]) == other.digest(["x"])
-    last = Batch({**values, "y": torch.tensor([0, 1, 7])})
-    assert batch.digest(block=2) != last.digest(block=2)
-    unseen = [
-        Batch(values, observed={"y": torch.tensor([1, 1, 0]).bool()}, fill={"y": f}) for f in (0, 1)
-    ]
-    assert unseen[0].digest() == unseen[1].digest()
-
-
 def test_size_alone() -> None:
     batch = Batch(size=4)
     assert (batch.size, batch.total, batch.sites) == (4, 4, ())

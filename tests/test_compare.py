@@ -228,6 +228,14 @@ def test_mapped_files_are_told_by_what_is_in_them(tmp_path: Path):
     assert paths[0] == paths[1] != paths[2]
 
 
+def test_rows_beyond_the_first_block_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compare_module, "_BLOCK", 5)
+    other = data(12)
+    other[11, 0] += 1
+    path = path_of(tmp_path, train=Batch({"x": data(12)}))
+    assert path_of(tmp_path, train=Batch({"x": other})) != path
+
+
 # ---------------------------------------------------------------------------------------------
 # What is reused
 

@@ -621,9 +621,6 @@ def test_paired_differences_have_a_smaller_error():
     assert str(difference).startswith("+")
     with pytest.raises(ValueError, match=r"50 rows.*same 100"):
         good.versus(evaluate(model, guide, x[:50], 50))
-    with pytest.raises(ValueError, match=r"100 other rows.*values differ"):
-        good.versus(evaluate(model, guide, x.flip(0), 50))
-    assert Evaluation.from_arrays(good.arrays()).versus(good).mean == 0
 
 
 def test_arrays_keep_everything():

@@ -19,10 +19,8 @@ from pyro_vae.evaluation.likelihood import (
     Evaluation,
     check_rows,
     device_of,
-    digest_of,
     judging,
     mean_and_error,
-    paired,
     whole_numbers,
 )
 from pyro_vae.evaluation.targets import Pair, Rows, Space
@@ -66,7 +64,6 @@ class Annealed:
         leapfrog: steps of a transition.
         start: ``"prior"`` or ``"guide"``.
         seed: of all draws.
-        data: digest of the rows, as in ``Evaluation``.
     """
 
     log_p: Tensor
@@ -77,15 +74,19 @@ class Annealed:
     leapfrog: int
     start: str
     seed: int
-    data: str = ""
 
     def versus(self, other: Annealed | Evaluation) -> Difference:
         """log p minus that of another result, paired by row.
 
         Raises:
-            ValueError: the two were evaluated on different rows.
+            ValueError: the two have different numbers of rows.
         """
-        return paired(self, other)
+        if len(self.log_p) != len(other.log_p):
+            raise ValueError(
+                f"versus: came {len(other.log_p)} rows, wanted the same {len(self.log_p)} rows for "
+                "both"
+            )
+        return Difference(*mean_and_error(self.log_p - other.log_p))
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers: the mean over rows, its standard error, and how it was made."""
@@ -219,7 +220,6 @@ def annealed(
             leapfrog=leapfrog,
             start=pair.start,
             seed=seed,
-            data=digest_of(data, pair.sites),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -89,7 +89,6 @@ class Evaluation:
         entries: ``[N]`` number of observed entries.
         discretized: whether the data are 8-bit images, whose unit is bits/dim.
         rate_rows: ``[N]`` rate of all sites and dimensions.
-        data: digest of the rows, of the sites that the model has; empty where it is not known.
     """
 
     log_p: Tensor
@@ -107,7 +106,6 @@ class Evaluation:
     entries: Tensor | None = None
     discretized: bool = False
     rate_rows: Tensor | None = None
-    data: str = ""
 
     def bits_per_dim(self, quantity: str = "log_p") -> tuple[float, float]:
         """Mean over rows of a bound in bits per observed entry of the data as they came, and its
@@ -125,9 +123,14 @@ class Evaluation:
         """This minus the other, paired by row.
 
         Raises:
-            ValueError: the two were evaluated on different rows.
+            ValueError: the two were evaluated on different numbers of rows.
         """
-        return paired(self, other, quantity)
+        mine, theirs = getattr(self, quantity), getattr(other, quantity)
+        if len(mine) != len(theirs):
+            raise ValueError(
+                f"versus: came {len(theirs)} rows, wanted the same {len(mine)} rows for both"
+            )
+        return Difference(*mean_and_error(mine - theirs))
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers: means, standard errors, and how far they can be trusted.
@@ -174,7 +177,6 @@ class Evaluation:
             "proposals": self.proposals,
             "notes": self.notes,
             "discretized": self.discretized,
-            "data": self.data,
         }
         return out | {"settings": np.array(json.dumps(settings))}
 
@@ -308,32 +310,7 @@ def evaluate(
             entries=entries(data, table.likelihood),
             discretized=is_discretized(data, table.likelihood, masses),
             rate_rows=in_order(latents.rate_of_rows()),
-            data=digest_of(data, table.model),
         )
-
-
-def digest_of(data: Batch | Tensor, sites: Collection[str]) -> str:
-    """Of the rows, of those sites that the model has; of a bare tensor of all that it holds."""
-    if not isinstance(data, Batch):
-        return Batch({"rows": data}).digest()
-    return data.digest([site for site in data if site in sites])
-
-
-def paired(mine: Any, theirs: Any, quantity: str = "log_p") -> Difference:
-    """A quantity of one result minus that of another, row by row.
-
-    Raises:
-        ValueError: different numbers of rows, or other rows.
-    """
-    a, b = getattr(mine, quantity), getattr(theirs, quantity)
-    if len(a) != len(b):
-        raise ValueError(f"versus: came {len(b)} rows, wanted the same {len(a)} rows for both")
-    if mine.data and theirs.data and mine.data != theirs.data:
-        raise ValueError(
-            f"versus: came {len(b)} other rows (their observed values differ), wanted the same "
-            f"{len(a)} rows for both"
-        )
-    return Difference(*mean_and_error(a - b))
 
 
 def whole_numbers(what: str, at_least: int = 1, **numbers: int | None) -> None:

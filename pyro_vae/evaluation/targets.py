@@ -39,7 +39,6 @@ class Pair:
     """A model and what its chains start from, looked at once.
 
     Attributes:
-        sites: of the model.
         transforms: latent -> from real coordinates to its support, or None where that is all real.
     """
 
@@ -51,7 +50,6 @@ class Pair:
         self.fast: dict[tuple[int, int], Fast] = {}
         rows = take(data, torch.tensor([0, len(data) - 1]))  # two, so that bounds can differ
         sites = self.prior(rows)
-        self.sites = frozenset(sites)
         drawn = set() if guide is None else self._drawn(guide, rows)
         self.transforms = {
             name: _transform(what, sites[name]) for name in self._latents(rows, sites, drawn)
