@@ -401,8 +401,8 @@ def main() -> None:
         record = {**settings, **same, **PARTS[data][0](data, method, seed, given)}
         records = [*kept(given.out), record]
         keep(given.out, records)
-        told = {"K": K, "held out": HELD}
-        write(given.name, told, records, table(records), given.results, show=False)
+        common = {"K of tables": K, "held out": HELD}
+        write(given.name, common, records, table(records), given.results, show=False)
         print(f"{data} {method} {seed}: {_result(data, [record])}", flush=True)
     print(table(kept(given.out)))
 

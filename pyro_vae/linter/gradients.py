@@ -46,10 +46,10 @@ def gradients(
             unconstrained = node["value"].unconstrained()
             named.setdefault(id(unconstrained), (node["name"], unconstrained))
         pairs = [pair for pair in named.values() if pair[1].requires_grad]
-        gradients: Iterable[Tensor | None] = [None] * len(pairs)
+        came: Iterable[Tensor | None] = [None] * len(pairs)
         if loss.requires_grad:
-            gradients = torch.autograd.grad(loss, [p for _, p in pairs], allow_unused=True)
-    found = list(zip([name for name, _ in pairs], gradients, strict=True))
+            came = torch.autograd.grad(loss, [p for _, p in pairs], allow_unused=True)
+    found = list(zip([name for name, _ in pairs], came, strict=True))
     if dead := [name for name, gradient in found if gradient is None]:
         yield Finding(
             "warning",

@@ -12,7 +12,7 @@ from pyro_vae.batch import Batch
 from pyro_vae.objectives import schedules
 from pyro_vae.objectives.loss import Loss, Program
 from pyro_vae.objectives.plan import Plan
-from pyro_vae.objectives.schedules import Schedule
+from pyro_vae.objectives.schedules import Schedule, shown
 
 __all__ = ["Sum", "Term", "View", "only", "without"]
 
@@ -32,14 +32,12 @@ class Term(NamedTuple):
             return args
         if not args or not isinstance(args[0], Batch):
             came = type(args[0]).__name__ if args else "nothing"
-            raise ValueError(
-                f"view {schedules.shown(self.view)}: came {came}, wanted a Batch of named sites"
-            )
+            raise ValueError(f"view {shown(self.view)}: came {came}, wanted a Batch of named sites")
         return (self.view(args[0]), *args[1:])
 
     def __repr__(self) -> str:
-        weight = "" if self.weight == 1 else f"{schedules.shown(self.weight)} * "
-        return f"{weight}{self.loss!r}" + (f" of {schedules.shown(self.view)}" if self.view else "")
+        weight = "" if self.weight == 1 else f"{shown(self.weight)} * "
+        return f"{weight}{self.loss!r}" + (f" of {shown(self.view)}" if self.view else "")
 
 
 class Sum(Loss):

@@ -139,7 +139,7 @@ def multimodal(
         if not partitioned
     }
     experts = {
-        site: DiagonalGaussian.build(up, (len(dims.get(site, range(latent))),))
+        site: DiagonalGaussian.build(up, (len(dims[site]) if site in dims else latent,))
         for site, up in encoders.items()
     }
     options: dict[str, Any] = {
